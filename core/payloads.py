@@ -1,0 +1,143 @@
+"""What passes between a server and the place where clients live, and how it is written down.
+
+Tensors are written as safetensors and everything else as canonical JSON: nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from umbel.core.errors import InputError
+from umbel.core.trees import Model, Tree
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """One round of training, for the federation that will carry it out.
+
+    Args:
+        round: 1 … rounds.
+        clients: whom to ask. In-process federations answer in this order.
+        model: the global model at the start of the round.
+        wanted: how many valid updates are enough. ``clients`` past that are reserves
+            (over-selection): in-process federations reach them only when earlier ones failed.
+        deadline: seconds after which late clients are failures; ``None`` waits. Clients in process
+            are never late.
+    """
+
+    round: int
+    clients: Sequence[str]
+    model: Model
+    wanted: int
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The updates of one or more clients, stacked along the first axis.
+
+    Args:
+        round: the round that they answer.
+        clients: C names.
+        delta: name -> (C, *shape): local minus global, for parameters and buffers.
+        weights: (C,) float64: the number of examples each was trained on.
+        metrics: name -> (C,) float64: means over the client's training examples.
+    """
+
+    round: int
+    clients: Sequence[str]
+    delta: Tree
+    weights: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def take(self, rows: Sequence[int]) -> Updates:
+        """The updates of these rows alone, in this order."""
+        index = list(rows)
+        return Updates(
+            self.round,
+            [self.clients[i] for i in index],
+            {name: t[index] for name, t in self.delta.items()},
+            self.weights[index],
+            {name: t[index] for name, t in self.metrics.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that did not deliver, by name and with the reason; never skipped in silence."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """One evaluation of ``model`` on the clients' own test parts."""
+
+    round: int
+    clients: Sequence[str]
+    model: Model
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the model did at one client: means over ``examples`` test examples."""
+
+    client: str
+    examples: int
+    metrics: Mapping[str, float]
+
+
+class Federation(Protocol):
+    """Where clients live. The same strategy, task and seed give the same model on every one."""
+
+    def clients(self) -> Sequence[str]:
+        """The names of the clients, in lexicographic order."""
+
+    def examples(self) -> Sequence[int]:
+        """How many training examples each client declares, in the order of :meth:`clients`."""
+
+    def train(self, plan: TrainPlan) -> Iterator[Updates | Failure]:
+        """Trains the plan's clients; each is in exactly one item."""
+
+    def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
+        """Evaluates at the plan's clients; those without a test part yield nothing."""
+
+    def close(self) -> None:
+        """Ends workers and connections."""
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, no NaN. For hashes and signatures."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def pack(tensors: Tree, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """Tensors and JSON metadata as one safetensors document."""
+    meta = {"umbel": canonical_json(metadata)} if metadata is not None else None
+    return safetensors.torch.save({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, meta)
+
+
+def unpack(document: bytes, where: str = "payload") -> tuple[dict[str, Tensor], Any]:
+    """The inverse of :func:`pack`.
+
+    Raises:
+        InputError: the document is not safetensors, or its metadata is not JSON.
+    """
+    try:
+        tensors = safetensors.torch.load(document)
+        header = json.loads(document[8 : 8 + int.from_bytes(document[:8], "little")])
+        meta = header.get("__metadata__", {}).get("umbel")
+        return tensors, None if meta is None else json.loads(meta)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise InputError(
+            f"not a safetensors document: {error}", where=where, fix="is the file cut short?"
+        ) from None

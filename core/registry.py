@@ -1,0 +1,86 @@
+"""Finds the named parts of Umbel, and a user's own, without importing what is not used.
+
+A kind of part (strategies, models, …) is a package in which every module holds one part: a function
+of the module's own name, whose first docstring line describes it. So a new part is one new file.
+``"my_package.module:object"`` names a user's own part wherever a name is taken.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from umbel.core.errors import InputError, suggest
+
+# What `umbel list` shows, and the package that holds it.
+KINDS = {
+    "strategies": "umbel.strategies",
+    "tasks": "umbel.tasks.kinds",
+    "models": "umbel.tasks.models",
+    "datasets": "umbel.datasets.readers",
+    "splits": "umbel.datasets.splits",
+    "engines": "umbel.simulations.engines",
+}
+
+
+def known(kind: str) -> dict[str, str]:
+    """The parts of a kind: name -> first line of its docstring. Reads files, imports nothing."""
+    spec = importlib.util.find_spec(KINDS[kind])
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    found = {}
+    for folder in spec.submodule_search_locations:
+        for path in sorted(Path(folder).glob("*.py")):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.FunctionDef) and node.name == function_name(path.stem):
+                    doc = ast.get_docstring(node) or ""
+                    found[path.stem.replace("_", "-")] = doc.splitlines()[0] if doc else ""
+    return found
+
+
+def function_name(stem: str) -> str:
+    """The function that a module must hold to be a part: its own name, ``m_2nn`` for ``2nn``."""
+    return stem if stem.isidentifier() else f"m_{stem}"
+
+
+def find(kind: str, name: str, where: str) -> Callable[..., Any]:
+    """The factory of the part ``name``, or the object that ``module:object`` names.
+
+    Raises:
+        InputError: no such part; the nearest name is suggested.
+    """
+    if ":" in name:
+        return _own(name, where)
+    if name not in (parts := known(kind)):
+        raise InputError(
+            f"unknown {kind.removesuffix('s').replace('strategie', 'strategy')} '{name}'",
+            where=where,
+            fix=f"{suggest(name, parts)}; or 'package.module:object' for your own",
+        )
+    stem = name.replace("-", "_")
+    module = importlib.import_module(f"{KINDS[kind]}.{stem}")
+    factory: Callable[..., Any] = getattr(module, function_name(stem))
+    return factory
+
+
+def _own(name: str, where: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise InputError(
+            f"cannot import '{module_name}': {error}",
+            where=where,
+            fix="is it installed, or its folder on PYTHONPATH?",
+        ) from None
+    except AttributeError:
+        raise InputError(
+            f"module '{module_name}' has no '{attribute}'", where=where, fix="check the spelling"
+        ) from None
+    if not callable(found):
+        raise InputError(f"'{name}' is not callable", where=where, fix="name a function or class")
+    return found

@@ -1,0 +1,244 @@
+"""The run file: TOML, strict, frozen. One file says what a run is, wherever it runs."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from umbel.core.errors import InputError, suggest
+from umbel.core.settings import Count, Fraction, Natural, NonNegative, Positive, Settings, Share, parse
+
+
+class Open(Settings):
+    """A table with a name (or kind) whose further keys belong to the part of that name."""
+
+    model_config = pydantic.ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    def parameters(self) -> dict[str, Any]:
+        """The keys that belong to the named part."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Run(Settings):
+    """``[run]``: what the run is called, how long it is and where it is kept."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: Natural = 0
+    rounds: Count = 10
+    store: str = "runs"
+    checkpoint_seconds: NonNegative = 0.0
+    """At least this long between checkpoints; 0 commits every round. A killed run repeats what came
+    after the last commit, bit for bit."""
+
+
+class Split(Open):
+    """``[data.split]``: which client holds which examples."""
+
+    kind: str
+
+
+class Data(Open):
+    """``[data]``: which data set, where its files are, and who holds them."""
+
+    name: str
+    path: str | None = None
+    split: Split | None = None
+    holdout: Fraction | None = None
+    """Share of the examples set aside as the global test set, before the split; ``None``: 0.2 where
+    the data set has no test part of its own, else 0."""
+    client_holdout: Fraction | None = None
+    """Share of each client's examples that the client keeps as its own test part; ``None``: 0.2 for
+    a natural split without any test part, else 0."""
+
+
+class Part(Open):
+    """A table that names a part, such as ``model = { name = "mlp", hidden = [64] }``."""
+
+    name: str
+
+
+class Task(Open):
+    """``[task]``: what is learned."""
+
+    kind: str
+    model: Part | str | None = None
+
+
+class Schedule(Settings):
+    """``[client.schedule]``: the learning rate as a function of the round, over the whole run."""
+
+    kind: Literal["constant", "step", "cosine"] = "constant"
+    warmup: Natural = 0
+    """Rounds of linear warm-up from lr / warmup to lr."""
+    step: Count = 10
+    """``step``: rounds between two decays."""
+    factor: Share = 0.1
+    """``step``: what each decay multiplies the rate by."""
+    final: float = Field(0.0, ge=0, le=1)
+    """``cosine``: the last rate, as a share of lr."""
+
+
+class Client(Settings):
+    """``[client]``: how a client trains."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    schedule: Schedule | Literal["constant", "step", "cosine"] = "constant"
+    batch_size: Count | Literal["full"] = 32
+    local_epochs: Count | None = None
+    local_steps: Count | None = None
+    accumulation: Count = 1
+    """Micro-batches that a batch is computed in; the step is the same, the memory smaller."""
+    max_grad_norm: Positive | None = None
+    device: str = "auto"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> Client:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError("local_epochs and local_steps exclude each other")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        if self.optimizer != "sgd" and self.momentum:
+            raise ValueError("momentum belongs to sgd; adam and adamw have beta1")
+        return self
+
+
+class Strategy(Open):
+    """``[strategy]``: the algorithm with its parameters, and who takes part in a round."""
+
+    name: str = "fedavg"
+    cohort: Count | Share | None = None
+    """Clients a round: a number, or a share of all; ``None``: all."""
+    over_selection: NonNegative = 0.0
+    """Reserves asked beyond the cohort, as a share of it (Bonawitz et al. 2019, section 2.2)."""
+    quorum: Count | None = None
+    """Valid updates without which a round leaves the model as it is; ``None``: one."""
+    deadline: Positive | None = None
+    """Seconds after which a round stops waiting for remote clients."""
+    weights: Literal["examples", "uniform"] = "examples"
+    max_weight: Positive | None = None
+    """No client weighs more; ``None``: ten times the median number of examples over the clients."""
+
+
+class Privacy(Settings):
+    """``[privacy]``: the unit of privacy and its budget."""
+
+    unit: Literal["none"] = "none"
+
+
+class SecureAggregation(Settings):
+    """``[secure_aggregation]``."""
+
+    enabled: Literal[False] = False
+
+
+class Evaluate(Settings):
+    """``[evaluate]``: how often, and what."""
+
+    every: Natural = 1
+    """Rounds between evaluations; the last round is always evaluated. 0: only the last."""
+    metrics: tuple[str, ...] | None = Field(None, strict=False)
+    per_client: bool | None = None
+    """Each client's own figures; ``None``: where clients have test parts and are at most 100."""
+
+
+class RunFile(Settings):
+    """A whole run file."""
+
+    run: Run = Run()
+    data: Data
+    task: Task
+    client: Client = Client()
+    strategy: Strategy = Strategy()
+    privacy: Privacy = Privacy()
+    secure_aggregation: SecureAggregation = SecureAggregation()
+    evaluate: Evaluate = Evaluate()
+
+    @property
+    def round_length(self) -> tuple[int | None, int | None]:
+        """(local_epochs, local_steps), one of them set; one epoch where neither is."""
+        c = self.client
+        return (c.local_epochs or 1, None) if c.local_steps is None else (None, c.local_steps)
+
+
+# Tables of design that this version knows of and does not run yet: an honest answer, not a typo.
+PLANNED = ("continual", "attack")
+
+
+def resolve(table: Mapping[str, Any], where: str = "run file") -> RunFile:
+    """A run file from its tables.
+
+    Raises:
+        InputError: an unknown table or key, a wrong type, a number out of bounds, a missing key.
+    """
+    for name, value in table.items():
+        if name in PLANNED:
+            raise InputError(
+                f"[{name}] is not supported by this version", where=where, fix=f"remove [{name}]"
+            )
+        if name not in RunFile.model_fields:
+            fix = suggest(name, RunFile.model_fields)
+            raise InputError(f"unknown table [{name}]", where=where, fix=fix)
+        if not isinstance(value, Mapping):
+            raise InputError(f"{name} = {value!r} is not a table", where=where, fix=f"[{name}]")
+        field = RunFile.model_fields[name].annotation
+        assert isinstance(field, type)
+        parse(field, value, f"[{name}]")  # by table first, so that the place is exact
+    for name in ("data", "task"):
+        if name not in table:
+            raise InputError(f"table [{name}] is missing", where=where, fix=f"add [{name}]")
+    checked: RunFile = parse(RunFile, table, where)
+    return checked
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
+    """The run file at ``path`` with ``--set`` overrides (``client.lr=0.1``) applied.
+
+    Raises:
+        InputError: no such file, not TOML, or as :func:`resolve`.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        fix = "check the path of the run file"
+        raise InputError(f"cannot read the run file: {reason}", where=str(path), fix=fix) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not TOML: {error}", where=str(path), fix="mend that line") from None
+    for override in overrides:
+        _override(table, override)
+    return resolve(table, str(path))
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = [k.strip() for k in path.split(".")]
+    if not equals or len(keys) < 2 or not all(keys):
+        raise InputError(
+            f"'{override}' is not section.key=value", where="--set", fix="e.g. --set client.lr=0.1"
+        )
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set strategy.name=fedadam
+    place = table
+    for k in keys[:-1]:
+        below = place.setdefault(k, {})
+        if isinstance(below, str):  # model = "mlp" and --set task.model.hidden=[8]
+            below = place[k] = {"name": below}
+        if not isinstance(below, dict):
+            raise InputError(f"'{k}' is not a table", where=f"--set {override}", fix="drop a level")
+        place = below
+    place[keys[-1]] = value

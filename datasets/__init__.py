@@ -1,0 +1,1 @@
+"""Floor 2: readers of local data sets, and splits of them over clients."""

@@ -1,0 +1,1 @@
+"""Floor 2: clipping, noise, ledger, secure aggregation, audits."""

@@ -1,0 +1,1 @@
+"""Floor 4: the round loop, the update gate, the run store."""

@@ -1,0 +1,1 @@
+"""Floor 3: federated algorithms, pure. One module an algorithm."""

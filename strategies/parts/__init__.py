@@ -1,0 +1,17 @@
+"""What strategies are composed of: client rules, combiners and server steps, each pure."""
+
+from umbel.strategies.parts.combine import Combined, Combiner, weighted_mean
+from umbel.strategies.parts.rule import ClientRule, GradTransform, Local, LossTerm
+from umbel.strategies.parts.strategy import ServerState, Strategy
+
+__all__ = [
+    "ClientRule",
+    "Combined",
+    "Combiner",
+    "GradTransform",
+    "Local",
+    "LossTerm",
+    "ServerState",
+    "Strategy",
+    "weighted_mean",
+]

@@ -1,0 +1,79 @@
+"""How the updates of a cohort become one: a monoid where the mathematics allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from umbel.core.payloads import Updates
+from umbel.core.trees import Tree, map_tree
+
+
+class Combined(NamedTuple):
+    """What a server step is given.
+
+    Args:
+        delta: name -> (*shape), float64.
+        weight: the sum of the weights.
+        clients: how many updates went in.
+    """
+
+    delta: Tree
+    weight: float
+    clients: int
+
+
+class Combiner(NamedTuple):
+    """Folds updates into one without keeping them.
+
+    Args:
+        zero: the global tensors -> an empty accumulator.
+        add: (accumulator, updates) -> accumulator; may reuse the memory of the first.
+        merge: (accumulator, accumulator) -> accumulator, for partial sums of workers.
+        finish: accumulator -> :class:`Combined`.
+    """
+
+    zero: Callable[[Tree], Any]
+    add: Callable[[Any, Updates], Any]
+    merge: Callable[[Any, Any], Any]
+    finish: Callable[[Any], Combined]
+
+
+class Sums(NamedTuple):
+    """A weighted sum under way: name -> (*shape) float64, the sum of the weights, and the count."""
+
+    delta: dict[str, Tensor]
+    weight: float
+    clients: int
+
+
+def weighted_mean() -> Combiner:
+    """``sum_k w_k delta_k / sum_k w_k``, summed in float64, in the order that updates are added.
+
+    Float64 and a fixed order make the result independent of how clients were grouped into stacks.
+
+    Source: McMahan et al. 2017, FedAvg, Algorithm 1 (arXiv:1602.05629), on deltas.
+    """
+
+    def zero(model: Tree) -> Sums:
+        return Sums(map_tree(lambda t: torch.zeros_like(t, dtype=torch.float64), model), 0.0, 0)
+
+    def add(sums: Sums, updates: Updates) -> Sums:
+        weights = updates.weights.tolist()
+        for name, total in sums.delta.items():
+            for row, weight in zip(updates.delta[name].to(total.device), weights, strict=True):
+                total.add_(row.double(), alpha=weight)
+        return Sums(sums.delta, sums.weight + sum(weights), sums.clients + len(weights))
+
+    def merge(left: Sums, right: Sums) -> Sums:
+        delta = map_tree(torch.add, left.delta, right.delta)
+        return Sums(delta, left.weight + right.weight, left.clients + right.clients)
+
+    def finish(sums: Sums) -> Combined:
+        delta = map_tree(lambda t: t / sums.weight, sums.delta)
+        return Combined(delta, sums.weight, sums.clients)
+
+    return Combiner(zero, add, merge, finish)

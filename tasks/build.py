@@ -1,0 +1,43 @@
+"""From ``[task]`` to a task and its initial model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from umbel.core import randomness, registry, run_file, settings
+from umbel.core.trees import Model
+from umbel.datasets.federated import Info
+from umbel.tasks.task import Task
+
+
+def build(section: run_file.Task, info: Info) -> Task:
+    """The task that ``[task]`` names, for data such as ``info`` describes.
+
+    Raises:
+        InputError: no such task or model, or a parameter that is not its own.
+    """
+    factory = registry.find("tasks", section.kind, "[task]")
+    table = settings.arguments(
+        factory, section.parameters(), "[task]", f"task '{section.kind}'"
+    )
+    task: Task = factory(info, section.model, **table)
+    return task
+
+
+def initial_module(task: Task, seed: int) -> nn.Module:
+    """The task's model with the initial parameters that ``seed`` gives, in training mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.torch_seed(seed, "init"))
+        return task.build().train()
+
+
+def model_of(module: nn.Module) -> Model:
+    """The tensors of ``module``, shared with it: trained parameters, and persistent buffers.
+
+    Frozen parameters do not travel.
+    """
+    params = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    state = module.state_dict(keep_vars=False)
+    frozen = {n for n, p in module.named_parameters(remove_duplicate=False) if n not in params}
+    return Model(params, {n: t for n, t in state.items() if n not in params and n not in frozen})

@@ -1,0 +1,1 @@
+"""One module a kind of task: a function of the module's name."""

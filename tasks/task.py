@@ -1,0 +1,31 @@
+"""A task is what is learned: a model, per-example losses and per-example metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+Batch: TypeAlias = Mapping[str, Tensor]
+"""Columns of a data set, name -> (B, …)."""
+
+Forward: TypeAlias = Callable[..., Tensor]
+"""The model as a function of its inputs, whatever holds its parameters."""
+
+
+class Task(NamedTuple):
+    """What is learned. All functions are pure, so that they run under ``torch.func`` as well.
+
+    Args:
+        build: makes the model; the caller seeds torch's generator around it.
+        losses: (model, batch) -> (B,), one loss an example, each a function of that example alone
+            where ``decomposable``.
+        metrics: (model, batch) -> name -> (B,), figures that are averaged over examples.
+        decomposable: whether the loss of a batch is a mean over examples. DP-SGD needs that.
+    """
+
+    build: Callable[[], nn.Module]
+    losses: Callable[[Forward, Batch], Tensor]
+    metrics: Callable[[Forward, Batch], Mapping[str, Tensor]]
+    decomposable: bool = True
