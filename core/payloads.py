@@ -123,7 +123,9 @@ def canonical_json(value: Any) -> str:
 def pack(tensors: Tree, metadata: Mapping[str, Any] | None = None) -> bytes:
     """Tensors and JSON metadata as one safetensors document."""
     meta = {"umbel": canonical_json(metadata)} if metadata is not None else None
-    return safetensors.torch.save({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, meta)
+    return safetensors.torch.save(
+        {k: t.detach().contiguous().cpu() for k, t in tensors.items()}, meta
+    )
 
 
 def unpack(document: bytes, where: str = "payload") -> tuple[dict[str, Tensor], Any]:

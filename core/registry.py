@@ -36,15 +36,11 @@ def known(kind: str) -> dict[str, str]:
     for folder in spec.submodule_search_locations:
         for path in sorted(Path(folder).glob("*.py")):
             for node in ast.parse(path.read_text()).body:
-                if isinstance(node, ast.FunctionDef) and node.name == function_name(path.stem):
+                if isinstance(node, ast.FunctionDef) and node.name == path.stem:
                     doc = ast.get_docstring(node) or ""
-                    found[path.stem.replace("_", "-")] = doc.splitlines()[0] if doc else ""
+                    name = path.stem.lstrip("_").replace("_", "-")
+                    found[name] = doc.splitlines()[0] if doc else ""
     return found
-
-
-def function_name(stem: str) -> str:
-    """The function that a module must hold to be a part: its own name, ``m_2nn`` for ``2nn``."""
-    return stem if stem.isidentifier() else f"m_{stem}"
 
 
 def find(kind: str, name: str, where: str) -> Callable[..., Any]:
@@ -62,8 +58,9 @@ def find(kind: str, name: str, where: str) -> Callable[..., Any]:
             fix=f"{suggest(name, parts)}; or 'package.module:object' for your own",
         )
     stem = name.replace("-", "_")
+    stem = f"_{stem}" if stem[0].isdigit() else stem  # the part 2nn is the module _2nn
     module = importlib.import_module(f"{KINDS[kind]}.{stem}")
-    factory: Callable[..., Any] = getattr(module, function_name(stem))
+    factory: Callable[..., Any] = getattr(module, stem)
     return factory
 
 

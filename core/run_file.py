@@ -11,7 +11,16 @@ import pydantic
 from pydantic import Field
 
 from umbel.core.errors import InputError, suggest
-from umbel.core.settings import Count, Fraction, Natural, NonNegative, Positive, Settings, Share, parse
+from umbel.core.settings import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Settings,
+    Share,
+    parse,
+)
 
 
 class Open(Settings):
@@ -28,9 +37,13 @@ class Run(Settings):
     """``[run]``: what the run is called, how long it is and where it is kept."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """What the run is called in lists; letters, digits, ``.``, ``_`` and ``-``."""
     seed: Natural = 0
+    """Every draw of the run follows from it: split, sample, batches, initial model."""
     rounds: Count = 10
+    """How many."""
     store: str = "runs"
+    """Where runs are kept: a directory, or a database URL."""
     checkpoint_seconds: NonNegative = 0.0
     """At least this long between checkpoints; 0 commits every round. A killed run repeats what came
     after the last commit, bit for bit."""
@@ -40,14 +53,18 @@ class Split(Open):
     """``[data.split]``: which client holds which examples."""
 
     kind: str
+    """Name of a split, or ``module:object``; further keys are its own."""
 
 
 class Data(Open):
     """``[data]``: which data set, where its files are, and who holds them."""
 
     name: str
+    """Name of a data set, or ``module:object``; further keys are its own."""
     path: str | None = None
+    """The folder or file that holds it. Nothing is ever downloaded."""
     split: Split | None = None
+    """``None``: the natural clients of the data set, where it has them."""
     holdout: Fraction | None = None
     """Share of the examples set aside as the global test set, before the split; ``None``: 0.2 where
     the data set has no test part of its own, else 0."""
@@ -60,19 +77,23 @@ class Part(Open):
     """A table that names a part, such as ``model = { name = "mlp", hidden = [64] }``."""
 
     name: str
+    """Name of the part, or ``module:object``; further keys are its own."""
 
 
 class Task(Open):
     """``[task]``: what is learned."""
 
     kind: str
+    """Name of a task, or ``module:object``; further keys are its own."""
     model: Part | str | None = None
+    """A name, or a table of a name and the model's own keys; ``None``: the task's own choice."""
 
 
 class Schedule(Settings):
     """``[client.schedule]``: the learning rate as a function of the round, over the whole run."""
 
     kind: Literal["constant", "step", "cosine"] = "constant"
+    """``step`` multiplies by ``factor`` every ``step`` rounds; ``cosine`` falls to ``final``."""
     warmup: Natural = 0
     """Rounds of linear warm-up from lr / warmup to lr."""
     step: Count = 10
@@ -87,22 +108,37 @@ class Client(Settings):
     """``[client]``: how a client trains."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """torch's; it starts afresh each round."""
     lr: Positive = 0.1
+    """The learning rate, before the schedule."""
     momentum: Fraction = 0.0
+    """``sgd``: the share of the last step that is kept."""
     nesterov: bool = False
+    """``sgd``: Nesterov's momentum."""
     beta1: Fraction = 0.9
+    """``adam``, ``adamw``: decay of the first moment."""
     beta2: Fraction = 0.999
+    """``adam``, ``adamw``: decay of the second moment."""
     eps: Positive = 1e-8
+    """``adam``, ``adamw``: added to the root of the second moment."""
     weight_decay: NonNegative = 0.0
+    """As torch has it: part of the gradient, decoupled for ``adamw``."""
     schedule: Schedule | Literal["constant", "step", "cosine"] = "constant"
+    """A kind, or a table."""
     batch_size: Count | Literal["full"] = 32
+    """Examples a step; ``full``: all that the client holds."""
     local_epochs: Count | None = None
+    """Passes over its examples that a client makes in a round; 1 where neither length is set."""
     local_steps: Count | None = None
+    """Steps that a client makes in a round, instead of epochs."""
     accumulation: Count = 1
     """Micro-batches that a batch is computed in; the step is the same, the memory smaller."""
     max_grad_norm: Positive | None = None
+    """Bound on the global L2 norm of a batch's gradient; ``None``: no bound."""
     device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the forward and backward pass, where the device has it."""
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> Client:
@@ -119,6 +155,7 @@ class Strategy(Open):
     """``[strategy]``: the algorithm with its parameters, and who takes part in a round."""
 
     name: str = "fedavg"
+    """Name of a strategy, or ``module:object``; further keys are its own."""
     cohort: Count | Share | None = None
     """Clients a round: a number, or a share of all; ``None``: all."""
     over_selection: NonNegative = 0.0
@@ -128,6 +165,7 @@ class Strategy(Open):
     deadline: Positive | None = None
     """Seconds after which a round stops waiting for remote clients."""
     weights: Literal["examples", "uniform"] = "examples"
+    """What a client counts for in the mean: its number of training examples, or one."""
     max_weight: Positive | None = None
     """No client weighs more; ``None``: ten times the median number of examples over the clients."""
 
@@ -136,12 +174,14 @@ class Privacy(Settings):
     """``[privacy]``: the unit of privacy and its budget."""
 
     unit: Literal["none"] = "none"
+    """Whose presence is hidden; ``none``: nobody's."""
 
 
 class SecureAggregation(Settings):
     """``[secure_aggregation]``."""
 
     enabled: Literal[False] = False
+    """Whether the server sees only the sum of the updates."""
 
 
 class Evaluate(Settings):
@@ -150,6 +190,7 @@ class Evaluate(Settings):
     every: Natural = 1
     """Rounds between evaluations; the last round is always evaluated. 0: only the last."""
     metrics: tuple[str, ...] | None = Field(None, strict=False)
+    """Which of the task's metrics to report; ``None``: all."""
     per_client: bool | None = None
     """Each client's own figures; ``None``: where clients have test parts and are at most 100."""
 

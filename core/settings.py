@@ -7,7 +7,7 @@ once: ``def fedprox(*, mu: NonNegative, server_lr: Positive = 1.0)`` is the sche
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import pydantic
@@ -62,18 +62,34 @@ def parse(model: type[Settings], table: Mapping[str, Any], where: str) -> Any:
         raise _explain(error, model, where) from None
 
 
-def parameters(factory: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """The keyword-only parameters of ``factory``: name -> (type, default or ``...``)."""
-    hints = get_type_hints(factory, include_extras=True)
+def parameters(
+    factory: Callable[..., Any], given: Collection[str] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """The parameters of ``factory`` that a user sets: name -> (type, default or ``...``).
+
+    These are the keyword-only ones; for a user's own factory, of which that cannot be asked, all
+    that are not in ``given``.
+    """
+    signature = inspect.signature(factory)
+    hints = get_type_hints(
+        factory.__init__ if inspect.isclass(factory) else factory, include_extras=True
+    )
+    kinds = {inspect.Parameter.KEYWORD_ONLY}
+    if given is not None:
+        kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {
         name: (hints.get(name, Any), ... if p.default is p.empty else p.default)
-        for name, p in inspect.signature(factory).parameters.items()
-        if p.kind is p.KEYWORD_ONLY
+        for name, p in signature.parameters.items()
+        if p.kind in kinds and name not in (given or ())
     }
 
 
 def arguments(
-    factory: Callable[..., Any], table: Mapping[str, Any], where: str, owner: str = ""
+    factory: Callable[..., Any],
+    table: Mapping[str, Any],
+    where: str,
+    owner: str = "",
+    given: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """The keyword arguments that ``table`` gives ``factory``, checked, with defaults filled in.
 
@@ -82,11 +98,12 @@ def arguments(
         table: the settings that the user wrote.
         where: for the error, such as ``[strategy]``.
         owner: whose parameters they are, for the error, such as ``strategy 'fedavg'``.
+        given: as in :func:`parameters`.
 
     Raises:
         InputError: as :func:`parse`.
     """
-    fields: Any = parameters(factory)
+    fields: Any = parameters(factory, given)
     model = pydantic.create_model(owner or factory.__name__, __base__=Settings, **fields)
     checked = parse(model, table, where)
     return {name: getattr(checked, name) for name in fields}

@@ -32,7 +32,7 @@ class Model(NamedTuple):
 
 
 def map_tree(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> dict[str, Tensor]:
-    """Applies ``function`` to the tensors of the same name; all trees have the names of the first."""
+    """Applies ``function`` to the tensors of the same name; all trees have the same names."""
     return {name: function(tensor, *(o[name] for o in others)) for name, tensor in tree.items()}
 
 
@@ -53,7 +53,7 @@ def norm(tree: Tree) -> Tensor:
 
 
 def add_cast(base: Tensor, step: Tensor) -> Tensor:
-    """``base + step`` in the dtype of ``base``; integers are rounded to the nearest, not truncated."""
+    """``base + step`` in the dtype of ``base``; integers are rounded, not truncated."""
     if base.dtype.is_floating_point:
         return (base.to(step.dtype) + step).to(base.dtype)
     return (base.double() + step.double()).round().to(base.dtype)

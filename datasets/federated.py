@@ -48,9 +48,9 @@ class Dataset:
 
     Args:
         info: shapes and classes.
-        train: the training examples. float32 or int64 ``x``; int64 class labels or float32 targets.
+        train: training examples. float32 or int64 ``x``; int64 class labels or float32 targets.
         test: the data set's own test part, or ``None``.
-        owner: for natural clients, the name of each training example's owner, shape (rows,), ``str``.
+        owner: for natural clients, the name of each training example's owner, shape (rows,).
         test_owner: the same for the test part; ``None`` where the test part belongs to nobody.
     """
 

@@ -6,7 +6,7 @@ from umbel.core import registry, run_file, settings
 from umbel.strategies.parts import Strategy
 
 
-def build(section: run_file.Strategy) -> Strategy:
+def build_strategy(section: run_file.Strategy) -> Strategy:
     """The strategy that ``[strategy]`` names, with its parameters.
 
     Raises:

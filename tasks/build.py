@@ -11,16 +11,14 @@ from umbel.datasets.federated import Info
 from umbel.tasks.task import Task
 
 
-def build(section: run_file.Task, info: Info) -> Task:
+def build_task(section: run_file.Task, info: Info) -> Task:
     """The task that ``[task]`` names, for data such as ``info`` describes.
 
     Raises:
         InputError: no such task or model, or a parameter that is not its own.
     """
     factory = registry.find("tasks", section.kind, "[task]")
-    table = settings.arguments(
-        factory, section.parameters(), "[task]", f"task '{section.kind}'"
-    )
+    table = settings.arguments(factory, section.parameters(), "[task]", f"task '{section.kind}'")
     task: Task = factory(info, section.model, **table)
     return task
 

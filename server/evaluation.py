@@ -1,0 +1,109 @@
+"""How a model is scored: on a test set that the server has, or where the data live."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from umbel.core.errors import InputError, suggest
+from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Federation
+from umbel.core.run_file import RunFile
+from umbel.core.trees import Model
+from umbel.datasets.federated import Arrays
+from umbel.server.records import Scores
+from umbel.server.rounds import Evaluate
+from umbel.tasks.evaluate import evaluate
+from umbel.tasks.task import Task
+
+# Above this many clients, per-client figures are made only where the run file asks for them.
+MANY = 100
+
+
+def at_server(task: Task, module: nn.Module, test: Arrays, device: str) -> Evaluate:
+    """Scores a model on ``test``, with ``module`` as the scratch model that it is loaded into."""
+
+    def scores(round_number: int, model: Model) -> Scores:
+        module.load_state_dict(model.tensors(), strict=False)
+        _, metrics = evaluate(task, module, test, device=device)
+        return Scores(metrics, {})
+
+    return scores
+
+
+def at_clients(run: RunFile, federation: Federation) -> Evaluate:
+    """Scores a model on the clients' own test parts; the global figures are those of their union.
+
+    A mean over the union is the mean of the clients' means, weighted by their test examples.
+    """
+
+    def scores(round_number: int, model: Model) -> Scores:
+        clients = federation.clients()
+        plan = EvaluatePlan(round_number, clients, model, run.strategy.deadline)
+        found: list[Evaluation] = []
+        failures: list[Failure] = []
+        for item in federation.evaluate(plan):
+            if isinstance(item, Failure):
+                failures.append(Failure(item.client, f"evaluation: {item.reason}"))
+            else:
+                found.append(item)
+        found.sort(key=lambda e: e.client)  # sums are taken in client order
+        shown = run.evaluate.per_client
+        each = {e.client: e.metrics for e in found} if shown or shown is None else {}
+        return Scores(_union(found), each, failures)
+
+    return scores
+
+
+def evaluation(
+    run: RunFile,
+    federation: Federation,
+    task: Task,
+    module: nn.Module,
+    test: Arrays | None,
+    device: str,
+) -> Evaluate:
+    """The evaluation that a run file asks for.
+
+    Args:
+        run: its [evaluate] says what is shown.
+        federation: where the clients' own test parts are.
+        task: what is measured.
+        module: scratch model.
+        test: the global test set, or ``None``: then the union of the clients' parts is.
+        device: where ``test`` is evaluated.
+    """
+    per_client = run.evaluate.per_client
+    if per_client is None:
+        per_client = test is None or len(federation.clients()) <= MANY
+    clients = at_clients(run, federation)
+    server = at_server(task, module, test, device) if test is not None else None
+
+    def scores(round_number: int, model: Model) -> Scores:
+        own = clients(round_number, model) if per_client or server is None else Scores({}, {})
+        if server is not None:
+            own = own._replace(metrics=server(round_number, model).metrics)
+        chosen = run.evaluate.metrics
+        return own._replace(
+            metrics=_choose(own.metrics, chosen),
+            per_client={c: _choose(m, chosen) for c, m in own.per_client.items()},
+        )
+
+    return scores
+
+
+def _union(found: Sequence[Evaluation]) -> dict[str, float]:
+    total = sum(e.examples for e in found)
+    names = found[0].metrics if found else ()
+    return {n: sum(e.metrics[n] * e.examples for e in found) / total for n in names}
+
+
+def _choose(metrics: Mapping[str, float], chosen: Sequence[str] | None) -> Mapping[str, float]:
+    if chosen is None or not metrics:
+        return metrics
+    for name in chosen:
+        if name not in metrics:
+            raise InputError(
+                f"unknown metric '{name}'", where="[evaluate]", fix=suggest(name, metrics)
+            )
+    return {name: metrics[name] for name in chosen}

@@ -1,0 +1,184 @@
+"""The round loop. It reads top to bottom, and knows neither where clients live nor who watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from umbel.core.errors import RunError
+from umbel.core.payloads import Failure, Federation, TrainPlan, Updates
+from umbel.core.run_file import RunFile
+from umbel.core.trees import Model, add_cast
+from umbel.server.gate import Gate, weight_cap
+from umbel.server.records import RoundRecord, RoundResult, Scores
+from umbel.server.sampling import cohort_size, sample
+from umbel.strategies.parts import Combined, Combiner, ServerState, Strategy
+
+Evaluate: TypeAlias = Callable[[int, Model], Scores]
+"""(round, model) -> scores."""
+
+# A run in which nobody delivers is broken, not unlucky.
+EMPTY_ROUNDS = 3
+
+
+class Start(NamedTuple):
+    """Where a run begins, or goes on: after ``round``, with this model and server state."""
+
+    round: int
+    model: Model
+    state: ServerState
+
+
+def rounds(
+    run: RunFile, strategy: Strategy, federation: Federation, start: Start, evaluate: Evaluate
+) -> Iterator[RoundResult]:
+    """Runs the rounds after ``start`` and yields each when it is done.
+
+    The consumer commits a result before it asks for the next one, so that a run killed anywhere
+    goes on from its last commit.
+
+    Raises:
+        InputError: the cohort is larger than the federation.
+        RunError: three rounds in a row without one valid update.
+    """
+    clients = federation.clients()
+    wanted = cohort_size(run.strategy, len(clients))
+    cap = weight_cap(federation.examples(), run.strategy.max_weight)
+    quorum = run.strategy.quorum or 1
+    _, model, state = start
+    empty = 0
+    for number in range(start.round + 1, run.run.rounds + 1):
+        began = time.perf_counter()
+        asked = sample(clients, run.strategy, run.run.seed, number)
+        plan = TrainPlan(number, asked, model, wanted, run.strategy.deadline)
+        gate = Gate(number, asked, model.tensors(), cap)
+        cohort = collect(federation.train(plan), gate, strategy.combine, plan, run.strategy.weights)
+        note = ""
+        if len(cohort.participants) < quorum:
+            note = f"quorum missed: {len(cohort.participants)} of {quorum}; the model stays"
+        else:
+            stepped, new_state = step(strategy, model, state, cohort.combined())
+            if is_finite(stepped):
+                model, state = stepped, new_state
+            else:
+                note = "the step would overflow; the model stays"
+        due = number == run.run.rounds or (
+            run.evaluate.every > 0 and number % run.evaluate.every == 0
+        )
+        scores = evaluate(number, model) if due else Scores({}, {})
+        record = RoundRecord(
+            round=number,
+            seconds=time.perf_counter() - began,
+            participants=cohort.participants,
+            failures=[*cohort.failures, *scores.failures],
+            capped=cohort.capped,
+            training=cohort.training(),
+            metrics=scores.metrics,
+            per_client=scores.per_client,
+            note=note,
+        )
+        yield RoundResult(record, model, state)
+        empty = 0 if cohort.participants else empty + 1
+        if empty == EMPTY_ROUNDS:
+            raise nobody(number, cohort.failures)
+
+
+@dataclass
+class Cohort:
+    """What came back in one round."""
+
+    combiner: Combiner
+    sums: Any
+    participants: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    capped: list[str] = field(default_factory=list)
+    totals: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, updates: Updates) -> None:
+        """Folds valid updates in."""
+        self.sums = self.combiner.add(self.sums, updates)
+        self.participants.extend(updates.clients)
+        for name, values in updates.metrics.items():
+            finite = values.isfinite()
+            total = self.totals.setdefault(name, [0.0, 0.0])
+            total[0] += float((values * updates.weights)[finite].sum())
+            total[1] += float(updates.weights[finite].sum())
+
+    def combined(self) -> Combined:
+        """The updates as one."""
+        return self.combiner.finish(self.sums)
+
+    def training(self) -> dict[str, float]:
+        """Means of the clients' training metrics, weighted as their updates were."""
+        return {name: total / weight for name, (total, weight) in self.totals.items() if weight}
+
+
+def collect(
+    stream: Iterator[Updates | Failure],
+    gate: Gate,
+    combiner: Combiner,
+    plan: TrainPlan,
+    weights: str,
+) -> Cohort:
+    """Gates and combines what the federation delivers, until enough clients have.
+
+    No update is kept: a round needs memory for the sum and for what is under way. Clients that
+    were not needed (over-selection) are neither participants nor failures.
+    """
+    cohort = Cohort(combiner, combiner.zero(plan.model.tensors()))
+    try:
+        for item in stream:
+            if isinstance(item, Failure):
+                cohort.failures.append(item)
+                continue
+            passed = gate.check(item)
+            cohort.failures.extend(passed.failures)
+            room = plan.wanted - len(cohort.participants)
+            updates = passed.updates
+            if len(updates.clients) > room:
+                updates = updates.take(range(room))
+            taken = set(updates.clients)
+            cohort.capped.extend(c for c in passed.capped if c in taken)
+            if updates.clients:
+                cohort.add(uniform(updates) if weights == "uniform" else updates)
+            if len(cohort.participants) == plan.wanted:
+                break
+    finally:
+        if close := getattr(stream, "close", None):
+            close()
+    return cohort
+
+
+def uniform(updates: Updates) -> Updates:
+    """The same updates, each with weight 1."""
+    ones = updates.weights.new_ones(len(updates.clients))
+    return Updates(updates.round, updates.clients, updates.delta, ones, updates.metrics)
+
+
+def step(
+    strategy: Strategy, model: Model, state: ServerState, combined: Combined
+) -> tuple[Model, ServerState]:
+    """The server step on the parameters; buffers move by their mean delta."""
+    delta = combined.delta
+    trained = combined._replace(delta={name: delta[name] for name in model.params})
+    params, state = strategy.server(model.params, state, trained)
+    buffers = {name: add_cast(b, delta[name]) for name, b in model.buffers.items()}
+    return Model(params, buffers), state
+
+
+def is_finite(model: Model) -> bool:
+    """Whether every floating-point value of the model is finite."""
+    tensors = model.tensors().values()
+    return all(bool(t.isfinite().all()) for t in tensors if t.dtype.is_floating_point)
+
+
+def nobody(number: int, failures: Sequence[Failure]) -> RunError:
+    """The error of a run in which no client delivers."""
+    first = f"; client '{failures[0].client}': {failures[0].reason}" if failures else ""
+    return RunError(
+        f"no valid update in {EMPTY_ROUNDS} rounds in a row{first}",
+        where=f"round {number}",
+        fix="a diverging model needs a smaller [client] lr; else mend what the clients report",
+    )

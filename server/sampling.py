@@ -1,0 +1,67 @@
+"""Who takes part in a round: a function of (seed, round), the same on every machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from umbel.core import randomness
+from umbel.core.errors import InputError
+from umbel.core.run_file import Strategy
+
+WHERE = "[strategy]"
+
+
+def cohort_size(section: Strategy, clients: int) -> int:
+    """How many clients a round wants.
+
+    Raises:
+        InputError: more than there are, or a quorum above the cohort.
+    """
+    wanted = section.cohort
+    if wanted is None:
+        size = clients
+    elif isinstance(wanted, int):
+        size = wanted
+    else:
+        size = max(1, round(wanted * clients))
+    if size > clients:
+        raise InputError(
+            f"cohort = {wanted} is more than the {clients} clients",
+            where=WHERE,
+            fix=f"set cohort to {clients} or less, or split the data over more clients",
+        )
+    if section.quorum is not None and section.quorum > size:
+        raise InputError(
+            f"quorum = {section.quorum} is more than the cohort of {size}",
+            where=WHERE,
+            fix=f"set quorum to {size} or less",
+        )
+    return size
+
+
+def sample(clients: Sequence[str], section: Strategy, seed: int, round_number: int) -> list[str]:
+    """The cohort of a round, in lexicographic order, then the reserves, in the same.
+
+    Uniform without replacement. Costs time and memory of the order of the cohort, not of the
+    federation, unless the cohort is a large part of it.
+    """
+    size = cohort_size(section, len(clients))
+    total = min(len(clients), size + math.ceil(section.over_selection * size))
+    places = _distinct(randomness.key(seed, "cohort", round_number), total, len(clients))
+    return [clients[i] for part in (places[:size], places[size:]) for i in sorted(part)]
+
+
+def _distinct(stream: np.uint64, count: int, n: int) -> list[int]:
+    """``count`` distinct places of 0 … n-1, uniform, in random order."""
+    if 2 * count > n:
+        return [int(i) for i in randomness.permutation(stream, n)[:count]]
+    # The first `count` distinct draws with replacement are a uniform draw without. The bias of the
+    # modulus is below n / 2**64.
+    draws = randomness.mix(stream, np.arange(4 * count + 64, dtype=np.uint64)) % np.uint64(n)
+    distinct = list(dict.fromkeys(int(i) for i in draws))
+    if len(distinct) < count:  # practically never; then the slow way
+        return [int(i) for i in randomness.permutation(stream, n)[:count]]
+    return distinct[:count]

@@ -1,0 +1,156 @@
+"""From a run file to the things that it names, all checked before anything is started."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from umbel.core.errors import InputError, UmbelError
+from umbel.core.run_file import RunFile
+from umbel.core.trees import Model, flatten, map_tree
+from umbel.datasets.build import load
+from umbel.datasets.federated import FederatedData, rows, take
+from umbel.server.gate import weight_cap
+from umbel.server.sampling import cohort_size
+from umbel.strategies.build import build_strategy
+from umbel.strategies.parts import Strategy
+from umbel.tasks.build import build_task, initial_module, model_of
+from umbel.tasks.task import Task
+
+
+class Prepared(NamedTuple):
+    """A run, ready to start: its data are read, its parts found, its model tried."""
+
+    run: RunFile
+    data: FederatedData
+    task: Task
+    strategy: Strategy
+    module: nn.Module
+    metrics: tuple[str, ...]
+
+    def model(self) -> Model:
+        """A copy of the initial global model."""
+        params, buffers = model_of(self.module)
+        return Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers))
+
+
+def prepare(run: RunFile) -> Prepared:
+    """Reads the data, builds task, strategy and model, and tries the model on two examples.
+
+    Raises:
+        InputError: whatever is wrong with the run file, the data files or the model.
+    """
+    strategy = build_strategy(run.strategy)
+    data = load(run.data, run.run.seed)
+    cohort_size(run.strategy, len(data.names))
+    task = build_task(run.task, data.info)
+    module = initial_module(task, run.run.seed)
+    metrics = _try(task, module, data)
+    _check_evaluation(run, data, metrics)
+    return Prepared(run, data, task, strategy, module, metrics)
+
+
+def plan(prepared: Prepared) -> dict[str, Any]:
+    """What the run will be, as plain values: sizes, memory, and what a user should know."""
+    run, data, model = prepared.run, prepared.data, prepared.model()
+    sizes = data.train_holdings.sizes()
+    cohort = cohort_size(run.strategy, len(data.names))
+    state = flatten(prepared.strategy.init(model.params))
+    state_bytes = sum(t.numel() * t.element_size() for t in state.values())
+    data_bytes = sum(
+        column.nbytes
+        for arrays in (data.train, data.test, data.client_test)
+        for column in (arrays or {}).values()
+    )
+    return {
+        "ok": True,
+        "name": run.run.name,
+        "rounds": run.run.rounds,
+        "clients": len(data.names),
+        "cohort": cohort,
+        "examples": int(sizes.sum()),
+        "examples_per_client": {
+            "min": int(sizes.min()),
+            "median": float(torch.from_numpy(sizes).double().median()),
+            "max": int(sizes.max()),
+        },
+        "parameters": sum(p.numel() for p in model.params.values()),
+        # Down and up: the global model, and a delta of the same size.
+        "bytes_per_client_round": 2 * model.bytes(),
+        # Data, the global model, its float64 sum, the server's state, and one client in training
+        # (parameters, gradient, two moments).
+        "memory_bytes": data_bytes + 3 * model.bytes() + state_bytes + 4 * model.bytes(),
+        "metrics": list(prepared.metrics),
+        "privacy": None,
+        "notes": _notes(prepared, cohort),
+    }
+
+
+def _notes(prepared: Prepared, cohort: int) -> list[str]:
+    run, data = prepared.run, prepared.data
+    notes = []
+    sizes = data.train_holdings.sizes()
+    if run.strategy.weights == "examples":
+        cap = weight_cap(sizes.tolist(), run.strategy.max_weight)
+        if heavy := int((sizes > cap).sum()):
+            notes.append(
+                f"{heavy} client(s) hold more than {cap:g} examples and weigh {cap:g}; "
+                "[strategy] max_weight changes that"
+            )
+    if run.strategy.deadline is not None:
+        notes.append("deadline binds remote clients only; a simulated client is never late")
+    if prepared.model().buffers:
+        notes.append("buffers (running statistics) are averaged, not stepped by the strategy")
+    if data.test is None and data.client_test is None:
+        notes.append("no test examples: set [data] holdout or client_holdout")
+    return notes
+
+
+def _try(task: Task, module: nn.Module, data: FederatedData) -> tuple[str, ...]:
+    """Runs the model on two examples; the names of its metrics."""
+    index = data.train_holdings.index[:2]
+    batch = {n: torch.from_numpy(c) for n, c in take(data.train, index).items()}
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            losses = task.losses(module, batch)
+            metrics = task.metrics(module, batch)
+    except UmbelError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        shape = data.info.input_shape
+        raise InputError(
+            f"the model fails on two examples of shape {shape}: {str(error).splitlines()[0]}",
+            where="[task.model]",
+            fix=f"it must take (B, {', '.join(map(str, shape))})",
+        ) from error
+    finally:
+        module.train(was_training)
+    for name, values in {"losses": losses, **metrics}.items():
+        if values.shape != (len(index),):
+            raise InputError(
+                f"the task's {name} have shape {tuple(values.shape)} for {len(index)} examples",
+                where="[task]",
+                fix="give one number an example",
+            )
+    return ("loss", *metrics)
+
+
+def _check_evaluation(run: RunFile, data: FederatedData, metrics: tuple[str, ...]) -> None:
+    for name in run.evaluate.metrics or ():
+        if name not in metrics:
+            raise InputError(
+                f"unknown metric '{name}'", where="[evaluate]", fix=f"known: {', '.join(metrics)}"
+            )
+    if run.evaluate.per_client and data.client_test is None:
+        raise InputError(
+            "per_client = true, and no client holds test examples",
+            where="[evaluate]",
+            fix="set [data] client_holdout = 0.2",
+        )
+    for part, arrays in (("test", data.test), ("client test", data.client_test)):
+        if arrays is not None and not rows(arrays):
+            raise InputError(f"the {part} part is empty", where="[data]", fix="raise the holdout")

@@ -1,0 +1,211 @@
+"""A whole run on one machine: prepare, run the rounds, commit each, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from umbel.core import registry
+from umbel.core.errors import InputError, UmbelError
+from umbel.core.payloads import Federation
+from umbel.core.run_file import RunFile
+from umbel.core.versions import versions
+from umbel.server.evaluation import evaluation
+from umbel.server.records import RoundRecord
+from umbel.server.rounds import Start, rounds
+from umbel.server.store import RunStore
+from umbel.simulations.prepare import Prepared, plan, prepare
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        run_id: in the store.
+        status: ``finished``, ``interrupted``, ``failed`` or ``budget_exhausted``.
+        rounds: committed rounds.
+        seconds: wall time of this call; a resumed run's earlier time is in its records.
+        metrics: of the final model on the global test set, or on the union of the clients'.
+        per_client: each client's own figures.
+        privacy: unit, epsilon, delta …; ``None`` without a budget.
+        model: path of the final model, safetensors.
+        history: one record a round.
+    """
+
+    run_id: str
+    status: str
+    rounds: int
+    seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    per_client: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    privacy: Mapping[str, Any] | None = None
+    model: str | None = None
+    history: Sequence[RoundRecord] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The outcome as plain values."""
+        return {
+            "run_id": self.run_id,
+            "status": self.status,
+            "rounds": self.rounds,
+            "seconds": round(self.seconds, 3),
+            "metrics": dict(self.metrics),
+            "per_client": {c: dict(m) for c, m in self.per_client.items()},
+            "privacy": self.privacy,
+            "model": self.model,
+            "history": [record.as_json() for record in self.history],
+        }
+
+
+def ignore(*args: object) -> None:
+    """Takes anything, does nothing."""
+
+
+def simulate(
+    run: RunFile,
+    *,
+    engine: str = "vectorised",
+    resume: str | None = None,
+    text: str | None = None,
+    on_round: Callable[[RoundRecord, int], None] = ignore,
+    announce: Callable[[str], None] = ignore,
+) -> Outcome:
+    """Runs ``run`` to its end, or until it is interrupted.
+
+    Args:
+        run: the run file.
+        engine: where the clients live.
+        resume: id of a run in the store to go on with, from its last committed round.
+        text: the run file as the user wrote it, kept with the run.
+        on_round: called after each committed round, with the number of rounds planned.
+        announce: called with what a user should know, such as a fall-back.
+
+    Raises:
+        InputError: before anything is started or written.
+        UmbelError: what ended a run; its committed rounds stay in the store.
+    """
+    began = time.monotonic()
+    make_engine = registry.find("engines", engine, "--engine")
+    prepared = prepare(run)
+    store = RunStore(run.run.store)
+    if resume is None:
+        run_id = store.create(run, engine=engine, text=text)
+    else:
+        run_id = store.get(resume).run_id
+        _same_run(run, stored_run(run.run.store, run_id), run_id)
+        store.reopen(run_id)
+        _same_versions(store.get(run_id).versions, announce)
+    status = "failed"
+    error = ""
+    federation: Federation | None = None
+    try:
+        federation = make_engine(
+            run, prepared.data, prepared.task, prepared.strategy.client, announce
+        )
+        _go(prepared, federation, store, run_id, on_round)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+    except UmbelError as problem:
+        error = str(problem)
+        raise
+    except BaseException as problem:
+        error = f"{type(problem).__name__}: {problem}"
+        raise
+    finally:
+        if federation is not None:
+            federation.close()
+        store.finish(run_id, status, error=error)
+    return _outcome(store, run_id, status, time.monotonic() - began)
+
+
+def check(run: RunFile) -> dict[str, Any]:
+    """The plan of a run, without running it.
+
+    Raises:
+        InputError: as :func:`simulate`.
+    """
+    return plan(prepare(run))
+
+
+def stored_run(store: str, run_id: str) -> RunFile:
+    """The configuration of a run in ``store``."""
+    return RunStore(store).get(run_id).run
+
+
+def _go(
+    prepared: Prepared,
+    federation: Federation,
+    store: RunStore,
+    run_id: str,
+    on_round: Callable[[RoundRecord, int], None],
+) -> None:
+    run, data = prepared.run, prepared.data
+    saved = store.latest(run_id)
+    if saved is None:
+        model = prepared.model()
+        start = Start(0, model, prepared.strategy.init(model.params))
+    else:
+        start = Start(saved.round, saved.model, saved.state)
+    score = evaluation(run, federation, prepared.task, prepared.module, data.test, "cpu")
+    last = time.monotonic()
+    for result in rounds(run, prepared.strategy, federation, start, score):
+        now = time.monotonic()
+        final = result.record.round == run.run.rounds
+        due = final or now - last >= run.run.checkpoint_seconds
+        store.commit(run_id, result, checkpoint=due)
+        last = now if due else last
+        on_round(result.record, run.run.rounds)
+
+
+def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
+    """Refuses to go on with another configuration; only ``rounds`` may differ."""
+    left, right = given.model_dump(mode="json"), stored.model_dump(mode="json")
+    for table in (left, right):
+        table["run"].pop("store")
+    growing = left["run"].pop("rounds") != right["run"].pop("rounds")
+    if growing and given.client.model_dump()["schedule"] != "constant":
+        raise InputError(
+            "rounds differ from the stored run, and the learning rate schedule depends on them",
+            where=f"--resume {run_id}",
+            fix=f"set rounds = {stored.run.rounds}",
+        )
+    for section, table in left.items():
+        for key, value in table.items():
+            if value != right[section].get(key):
+                raise InputError(
+                    f"{key} = {value!r} in [{section}], and the stored run has "
+                    f"{right[section].get(key)!r}",
+                    where=f"--resume {run_id}",
+                    fix="resume with the stored configuration (leave the run file out)",
+                )
+
+
+def _same_versions(stored: Mapping[str, Any], announce: Callable[[str], None]) -> None:
+    now = versions()
+    changed = sorted(k for k in ("torch", "numpy", "threads") if stored.get(k) != now.get(k))
+    for name in changed:
+        announce(
+            f"{name} was {stored.get(name)} and is {now.get(name)}: "
+            "the run goes on, but not bit for bit as it would have"
+        )
+
+
+def _outcome(store: RunStore, run_id: str, status: str, seconds: float) -> Outcome:
+    history = store.history(run_id)
+    scored = [record for record in history if record.metrics]
+    model = store.model_path(run_id)
+    return Outcome(
+        run_id=run_id,
+        status=status,
+        rounds=len(history),
+        seconds=seconds,
+        metrics=scored[-1].metrics if scored else {},
+        per_client=scored[-1].per_client if scored else {},
+        model=str(model) if Path(model).exists() else None,
+        history=history,
+    )
