@@ -1,0 +1,53 @@
+"""What loads what, measured in fresh interpreters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "flwr", "ray", "sklearn", "matplotlib", "pandas", "transformers"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules that are loaded after ``statement`` in a fresh interpreter."""
+    script = (
+        f"import json, sys\n{statement}\nprint(json.dumps(sorted({{m.split('.')[0] "
+        "for m in sys.modules})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_probe_sees_a_heavy_module() -> None:
+    assert "sklearn" in loaded_by("import sklearn")
+
+
+def test_importing_umbel_loads_nothing_but_the_standard_library() -> None:
+    assert loaded_by("import umbel") - loaded_by("") == {"umbel"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import umbel.core.errors, umbel.core.registry, umbel.core.run_file",
+        "from umbel.core import registry; [registry.known(kind) for kind in registry.KINDS]",
+        "import umbel.cli.main",
+    ],
+)
+def test_help_lists_and_run_files_load_nothing_heavy(statement: str) -> None:
+    assert not loaded_by(statement) & HEAVY
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list", "strategies"]])
+def test_verbs_that_only_tell_load_nothing_heavy(arguments: list[str]) -> None:
+    run = (
+        f"sys.argv = {['umbel', *arguments]!r}\n"
+        "from umbel.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
+    )
+    assert not loaded_by(run) & HEAVY
