@@ -1,0 +1,184 @@
+"""Every strategy is a row of this table, and passes all that the table asks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from umbel.core import registry
+from umbel.core.payloads import Updates, pack, unpack
+from umbel.core.run_file import resolve
+from umbel.core.trees import Model, Tree, flatten, map_tree, unflatten, zeros_like
+from umbel.server.records import Scores
+from umbel.server.rounds import Start, rounds
+from umbel.strategies.build import build_strategy
+from umbel.strategies.parts import Combined, Strategy
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+Quadratic = _load("quadratic").Quadratic
+
+
+class Row(NamedTuple):
+    """A strategy and the settings with which it finds the optimum of a quadratic in 150 rounds."""
+
+    name: str
+    parameters: dict[str, Any]
+
+
+TABLE = [
+    Row("fedadagrad", {"server_lr": 1.0}),
+    Row("fedadam", {"server_lr": 0.1, "tau": 0.1}),
+    Row("fedavg", {}),
+    Row("fedavgm", {"momentum": 0.5}),
+    Row("fedprox", {"mu": 0.1}),
+    Row("fedyogi", {"server_lr": 0.1, "tau": 0.1}),
+]
+rows = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+
+
+def make(row: Row) -> Strategy:
+    table = {"name": row.name, **row.parameters}
+    base = {"data": {"name": "digits"}, "task": {"kind": "classification"}}
+    return build_strategy(resolve({**base, "strategy": table}).strategy)
+
+
+def params() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "weight": torch.randn(4, 3),
+        "bias": torch.randn(4),
+        "scale": torch.randn(2, dtype=torch.float64),
+        "half": torch.randn(3, dtype=torch.bfloat16),
+    }
+
+
+def updates(seed: int, clients: int = 5) -> Updates:
+    generator = torch.Generator().manual_seed(seed)
+    delta = map_tree(
+        lambda p: torch.randn(clients, *p.shape, generator=generator).to(p.dtype), params()
+    )
+    weights = torch.randint(1, 50, (clients,), generator=generator).double()
+    return Updates(1, [f"c{k}" for k in range(clients)], delta, weights)
+
+
+def combine(strategy: Strategy, update: Updates) -> Combined:
+    combiner = strategy.combine
+    return combiner.finish(combiner.add(combiner.zero(params()), update))
+
+
+def same(left: Tree, right: Tree) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def test_every_strategy_has_a_row() -> None:
+    assert {row.name for row in TABLE} == set(registry.known("strategies"))
+
+
+@rows
+def test_zero_delta_from_a_fresh_state_is_a_fixed_point(row: Row) -> None:
+    strategy, start = make(row), params()
+    update = updates(0)
+    zero = Updates(1, update.clients, zeros_like(update.delta), update.weights)
+    stepped, _ = strategy.server(start, strategy.init(start), combine(strategy, zero))
+    assert same(stepped, start)
+
+
+@rows
+def test_names_shapes_and_dtypes_are_kept(row: Row) -> None:
+    strategy, start = make(row), params()
+    stepped, state = strategy.server(start, strategy.init(start), combine(strategy, updates(0)))
+    for tree, like in [(stepped, start), (flatten(state), flatten(strategy.init(start)))]:
+        assert {n: (t.shape, t.dtype) for n, t in tree.items()} == {
+            n: (t.shape, t.dtype) for n, t in like.items()
+        }
+    assert not same(stepped, start)
+
+
+@rows
+def test_server_step_is_pure(row: Row) -> None:
+    strategy, start = make(row), params()
+    state, combined = strategy.init(start), combine(strategy, updates(0))
+    once = strategy.server(start, state, combined)
+    again = strategy.server(start, state, combined)
+    assert same(once[0], again[0])
+    assert same(flatten(once[1]), flatten(again[1]))
+    assert same(start, params())
+    assert same(flatten(state), flatten(strategy.init(params())))
+
+
+@rows
+def test_state_goes_through_disk_bit_for_bit(row: Row) -> None:
+    strategy, start = make(row), params()
+    stepped, state = strategy.server(start, strategy.init(start), combine(strategy, updates(0)))
+    tensors, _ = unpack(pack(flatten(state)))
+    combined = combine(strategy, updates(1))
+    kept = strategy.server(stepped, state, combined)[0]
+    restored = strategy.server(stepped, unflatten(tensors), combined)[0]
+    assert same(kept, restored)
+
+
+@rows
+def test_order_and_grouping_of_clients_do_not_matter(row: Row) -> None:
+    strategy, start, update = make(row), params(), updates(0)
+    combiner = strategy.combine
+    whole = combine(strategy, update)
+    backwards = combiner.zero(start)
+    for k in (4, 3, 1, 0, 2):
+        backwards = combiner.add(backwards, update.take([k]))
+    merged = combiner.merge(
+        combiner.add(combiner.zero(start), update.take([0, 1])),
+        combiner.add(combiner.zero(start), update.take([2, 3, 4])),
+    )
+    stepped, _ = strategy.server(start, strategy.init(start), whole)
+    for other in (combiner.finish(backwards), combiner.finish(merged)):
+        assert other.clients == whole.clients
+        turned, _ = strategy.server(start, strategy.init(start), other)
+        for name, tensor in stepped.items():
+            torch.testing.assert_close(turned[name], tensor)
+
+
+@rows
+def test_grouping_into_stacks_is_bit_for_bit_the_same(row: Row) -> None:
+    strategy, update = make(row), updates(0)
+    combiner = strategy.combine
+    alone = combiner.zero(params())
+    for k in range(5):
+        alone = combiner.add(alone, update.take([k]))
+    assert same(combiner.finish(alone).delta, combine(strategy, update).delta)
+
+
+@rows
+def test_finds_the_optimum_of_a_quadratic(row: Row) -> None:
+    strategy = make(row)
+    optima = [{"w": torch.tensor([float(k), -1.0, 2.0 * k])} for k in range(4)]
+    sizes = [10, 20, 30, 40]
+    run = resolve(
+        {
+            "run": {"rounds": 150},
+            "data": {"name": "digits"},
+            "task": {"kind": "classification"},
+            "strategy": {"name": row.name, **row.parameters},
+        }
+    )
+    federation = Quadratic(optima, sizes, strategy.client, lr=0.2, steps=3)
+    model = Model({"w": torch.zeros(3)}, {})
+    start = Start(0, model, strategy.init(model.params))
+    results = list(rounds(run, strategy, federation, start, lambda r, m: Scores({}, {})))
+    # All clients take the same number of equal steps on equal curvatures, so FedAvg's fixed point
+    # is the weighted mean of the optima (no client drift).
+    expected = sum(s * o["w"] for s, o in zip(sizes, optima, strict=True)) / sum(sizes)
+    torch.testing.assert_close(results[-1].model.params["w"], expected, atol=0.05, rtol=0)
