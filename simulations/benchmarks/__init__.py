@@ -1,0 +1,1 @@
+"""Scripts that print the tables of the documentation; each runs by itself with ``python -m``."""
