@@ -10,6 +10,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def elsewhere(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "bin"
 
 
-def outside(command: list[str | Path], cwd: Path) -> subprocess.CompletedProcess[str]:
+def outside(command: Sequence[str | Path], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs a command away from the checkout, with nothing of this process's Python set-up."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(
@@ -125,7 +126,7 @@ def test_installed_wheel_is_the_copy_that_runs(elsewhere: Path, tmp_path: Path) 
 
 def test_installed_wheel_simulates(elsewhere: Path, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN_FILE)
-    command = [elsewhere / "umbel", "simulate", "run.toml", "--format", "json"]
+    command: list[str | Path] = [elsewhere / "umbel", "simulate", "run.toml", "--format", "json"]
     result = json.loads(outside(command, tmp_path).stdout)
     assert result["status"] == "finished"
     assert result["rounds"] == 2
