@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 HEAVY = {"torch", "flwr", "ray", "sklearn", "matplotlib", "pandas", "transformers"}
 
@@ -51,3 +58,25 @@ def test_verbs_that_only_tell_load_nothing_heavy(arguments: list[str]) -> None:
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
     )
     assert not loaded_by(run) & HEAVY
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level names that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["llm"], *extras["server"]]
+    declared = {re.split(r"[^\w-]", line)[0] for line in wanted}
+    modules = [path for init in ROOT.glob("*/__init__.py") for path in init.parent.rglob("*.py")]
+    used = set().union(*map(imported, modules)) - sys.stdlib_module_names - {"umbel"}
+    assert {"torch", "sklearn"} <= used
+    assert {DISTRIBUTIONS.get(name, name).replace("_", "-") for name in used} <= declared
