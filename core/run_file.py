@@ -258,9 +258,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
         raise InputError(f"cannot read the run file: {reason}", where=str(path), fix=fix) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"not TOML: {error}", where=str(path), fix="mend that line") from None
+    return resolve(overridden(table, overrides), str(path))
+
+
+def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``table`` with ``section.key=value`` overrides applied, in place.
+
+    Raises:
+        InputError: an override is not of that form, or goes below a value that is no table.
+    """
     for override in overrides:
         _override(table, override)
-    return resolve(table, str(path))
+    return table
 
 
 def _override(table: dict[str, Any], override: str) -> None:

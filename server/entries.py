@@ -95,11 +95,18 @@ class RunEntry:
 
 
 def select(runs: Sequence[RunEntry], wanted: str, location: str) -> RunEntry:
-    """The run whose id is ``wanted``, or begins with it and is the only one that does.
+    """The run whose id is ``wanted``, or alone begins with it; ``latest`` is the newest.
+
+    Args:
+        runs: the newest first.
+        wanted: what the user wrote.
+        location: of the store, for the error.
 
     Raises:
         InputError: none does, or several do; they are listed.
     """
+    if wanted == "latest" and runs:
+        return runs[0]
     begin = [r for r in runs if wanted and r.run_id.startswith(wanted)]
     exact = [r for r in begin if r.run_id == wanted]
     if len(exact or begin) == 1:

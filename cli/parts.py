@@ -1,0 +1,42 @@
+"""``umbel list`` and ``umbel version``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from umbel.cli import output
+from umbel.cli.output import Format, FormatOption
+from umbel.core.errors import InputError, suggest
+
+KINDS = ("strategies", "tasks", "models", "datasets", "splits", "engines", "attacks")
+
+
+def list_parts(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=" | ".join(KINDS))],
+    format: FormatOption = Format.text,
+) -> None:
+    """List the parts that a run file can name."""
+    from umbel.core import registry
+
+    if kind not in KINDS:
+        raise InputError(f"unknown kind '{kind}'", where="umbel list", fix=suggest(kind, KINDS))
+    parts = registry.known(kind) if kind in registry.KINDS else {}
+    if format is Format.json:
+        output.emit({kind: [{"name": n, "summary": text} for n, text in parts.items()]})
+    elif parts:
+        output.table([kind, ""], list(parts.items()), left=2)
+    else:
+        print(f"this version has no {kind}")
+
+
+def version(format: FormatOption = Format.text) -> None:
+    """Show the versions that a result depends on."""
+    from umbel.core.versions import versions
+
+    found = versions()
+    if format is Format.json:
+        output.emit(found)
+    else:
+        output.table(["version", ""], list(found.items()), left=2)

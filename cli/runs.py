@@ -1,0 +1,244 @@
+"""The verbs that read the run store: ``runs``, ``show``, ``compare`` and ``export``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from umbel.cli import output
+from umbel.cli.output import Format, FormatOption, StoreOption
+from umbel.core.errors import InputError
+
+# What fits a screen; the JSON form is whole.
+CLIENTS_SHOWN = 20
+ROUNDS_SHOWN = 20
+
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Its id, the beginning of it, or `latest`.")
+]
+
+
+def runs(store: StoreOption = "runs", format: FormatOption = Format.text) -> None:
+    """List the runs of a store, the newest first."""
+    from umbel.server.store import RunStore
+
+    found = RunStore(store).list()
+    if format is Format.json:
+        output.emit({"runs": [entry.as_json() for entry in found]})
+        return
+    if not found:
+        print(f"no runs in {store}")
+        return
+    rows = []
+    for entry in found:
+        figures = "  ".join(f"{n} {output.number(v)}" for n, v in entry.metrics.items())
+        rounds = f"{entry.rounds_done}/{entry.rounds_planned}"
+        seconds = output.duration(entry.seconds)
+        rows.append((entry.run_id, entry.status, figures, rounds, seconds))
+    output.table(["run", "status", "last metrics", "rounds", "time"], rows, left=3)
+
+
+def show(run: RunArgument, store: StoreOption = "runs", format: FormatOption = Format.text) -> None:
+    """Show one run: status, results, configuration, versions and every round."""
+    from umbel.server import summary
+    from umbel.server.store import RunStore
+
+    opened = RunStore(store)
+    entry = opened.get(run)
+    history = opened.history_json(entry.run_id)
+    model = opened.model_path(entry.run_id)
+    last = summary.last(history)
+    if format is Format.json:
+        output.emit(
+            {
+                **entry.as_json(),
+                "metrics": last["metrics"],
+                "per_client": last.get("per_client", {}),
+                "model": str(model) if model.is_file() else None,
+                "configuration": entry.configuration,
+                "versions": entry.versions,
+                "history": history,
+            }
+        )
+        return
+    rounds = f"{entry.rounds_done} of {entry.rounds_planned} rounds"
+    print(f"{entry.run_id}  {entry.status}: {rounds} in {output.duration(entry.seconds)}")
+    print(f"started {entry.started}, {entry.engine} engine, on {entry.host}")
+    if entry.error:
+        print(f"error: {entry.error}")
+    print()
+    show_results(history, last.get("per_client", {}))
+    _show_history(history)
+    rows = [(k, v) for k, v in flat(entry.configuration).items() if v is not None]
+    output.table(["configuration", ""], [(k, _toml(v)) for k, v in rows], left=2)
+    output.table(["version", ""], list(entry.versions.items()), left=2)
+    if model.is_file():
+        print(f"model: {model}")
+    elif entry.status != "running" and entry.rounds_done < entry.rounds_planned:
+        command = f"umbel simulate --resume {entry.run_id} --store {shlex.quote(store)}"
+        print(f"go on with: {command}")
+
+
+def compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="Two runs or more.")],
+    store: StoreOption = "runs",
+    format: FormatOption = Format.text,
+) -> None:
+    """Compare the final metrics of runs, and where their configurations differ."""
+    from umbel.server import summary
+    from umbel.server.store import RunStore
+
+    opened = RunStore(store)
+    entries = [opened.get(name) for name in dict.fromkeys(names)]
+    if len({entry.run_id for entry in entries}) < 2:
+        raise InputError("two runs or more are wanted", where="umbel compare", fix="umbel runs")
+    histories = {entry.run_id: opened.history_json(entry.run_id) for entry in entries}
+    final = {run_id: summary.last(history)["metrics"] for run_id, history in histories.items()}
+    best = {
+        run_id: {name: summary.best(history, name) for name in summary.metrics(history)}
+        for run_id, history in histories.items()
+    }
+    differences = difference({e.run_id: e.configuration for e in entries})
+    if format is Format.json:
+        rows = [
+            {
+                **entry.as_json(),
+                "metrics": final[entry.run_id],
+                "best": {
+                    name: {"round": point.round, "value": point.value}
+                    for name, point in best[entry.run_id].items()
+                    if point
+                },
+            }
+            for entry in entries
+        ]
+        output.emit({"runs": rows, "differences": differences})
+        return
+    metrics = list(dict.fromkeys(n for h in histories.values() for n in summary.metrics(h)))
+    table = []
+    for entry in entries:
+        cells: list[Any] = [entry.run_id, entry.status, entry.rounds_done]
+        for name in metrics:
+            point = best[entry.run_id].get(name)
+            cells += [final[entry.run_id].get(name), point and f"{point.value:.4g} @{point.round}"]
+        table.append(cells)
+    heads = [head for name in metrics for head in (name, "best")]
+    output.table(["run", "status", "rounds", *heads], table, left=2)
+    if differences:
+        ids = list(histories)
+        rows_ = [(key, *(_toml(v[i]) for i in ids)) for key, v in differences.items()]
+        output.table(["differs", *ids], rows_, left=len(ids) + 1)
+    else:
+        print("the configurations are the same")
+
+
+def export(
+    run: RunArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors")],
+    store: StoreOption = "runs",
+    format: FormatOption = Format.text,
+) -> None:
+    """Write a run's last committed model, for `load_state_dict`."""
+    from umbel.server.store import RunStore
+
+    if file.suffix != ".safetensors":
+        raise InputError(
+            f"cannot write a '{file.suffix}' file", where=str(file), fix="name it *.safetensors"
+        )
+    opened = RunStore(store)
+    entry = opened.get(run)
+    if not opened.export(entry.run_id, file):
+        raise InputError(
+            f"run {entry.run_id} has no model: no round was committed",
+            where=f"run store {store}",
+            fix=f"umbel simulate --resume {entry.run_id} --store {store}",
+        )
+    if format is Format.json:
+        rounds, size = entry.rounds_done, file.stat().st_size
+        output.emit({"run_id": entry.run_id, "file": str(file), "round": rounds, "bytes": size})
+    else:
+        print(f"{entry.run_id}: model after round {entry.rounds_done} written to {file}")
+
+
+def show_results(
+    history: Sequence[Mapping[str, Any]], per_client: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Prints the last and best metrics, each client's own where they fit, and who failed."""
+    from umbel.server import summary
+
+    last = summary.last(history)
+    rows = []
+    for name in summary.metrics(history):
+        point = summary.best(history, name)
+        best = f"{point.value:.4f} (round {point.round})" if point else None
+        value = last["metrics"].get(name)
+        rows.append((name, None if value is None else f"{value:.4f}", best))
+    if rows:
+        output.table(["metric", f"round {last['round']}", "best"], rows)
+    if 0 < len(per_client) <= CLIENTS_SHOWN:
+        names = sorted(dict.fromkeys(n for m in per_client.values() for n in m))
+        cells = [(c, *(m.get(n) for n in names)) for c, m in per_client.items()]
+        output.table(["client", *names], cells)
+    elif per_client:
+        print(f"{len(per_client)} clients have figures of their own: --format json shows them\n")
+    if failed := summary.failures(history):
+        output.table(["failed because", "times"], failed.most_common())
+
+
+def _show_history(history: Sequence[Mapping[str, Any]]) -> None:
+    from umbel.server import summary
+
+    names = summary.metrics(history)
+    step = max(1, -(-len(history) // ROUNDS_SHOWN))
+    shown = [r for r in history if r["round"] % step == 0 or r is history[-1]]
+    rows = [
+        (
+            r["round"],
+            *(r["metrics"].get(n) for n in names),
+            len(r["participants"]),
+            len(r["failures"]),
+            output.duration(r["seconds"]),
+        )
+        for r in shown
+    ]
+    if rows:
+        output.table(["round", *names, "clients", "failed", "time"], rows, left=0)
+        if step > 1:
+            print(f"every {step}th of {len(history)} rounds; --format json has them all\n")
+
+
+def difference(
+    configurations: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """The keys whose values are not all the same: key -> run id -> value."""
+    tables = {run_id: flat(configuration) for run_id, configuration in configurations.items()}
+    keys = dict.fromkeys(key for table in tables.values() for key in table)
+    found = {}
+    for key in keys:
+        values = {run_id: table.get(key) for run_id, table in tables.items()}
+        if key != "run.store" and len({repr(v) for v in values.values()}) > 1:
+            found[key] = values
+    return found
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table as ``section.key`` -> value."""
+    rows: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            rows.update(flat(value, f"{prefix}{key}."))
+        else:
+            rows[f"{prefix}{key}"] = value
+    return rows
+
+
+def _toml(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

@@ -1,0 +1,56 @@
+"""What stands out in a history: the figure to look at, its curve and its best round.
+
+Histories here are records as plain values (``RoundRecord.as_json``), so that looking at runs does
+not load torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+History: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+class Point(NamedTuple):
+    """A metric's value after a round."""
+
+    round: int
+    value: float
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less is better: losses, errors and perplexity; all else is a score."""
+    words = metric.lower().replace("-", "_").split("_")
+    return any(w in ("loss", "error", "mse", "mae", "rmse", "nll", "perplexity") for w in words)
+
+
+def metrics(history: History) -> list[str]:
+    """The metrics of a history, scores before losses, each in the order of the records."""
+    names = dict.fromkeys(name for record in history for name in record["metrics"])
+    return sorted(names, key=lower_is_better)
+
+
+def curve(history: History, metric: str, part: str = "metrics") -> list[Point]:
+    """The rounds that have ``metric``, with its values; NaN where a run diverged."""
+    points = [(r["round"], r[part].get(metric, ...)) for r in history]
+    return [Point(n, math.nan if v is None else float(v)) for n, v in points if v is not ...]
+
+
+def best(history: History, metric: str) -> Point | None:
+    """The first round with the best finite value; ``None`` where there is none."""
+    points = [p for p in curve(history, metric) if math.isfinite(p.value)]
+    sign = 1 if lower_is_better(metric) else -1
+    return min(points, key=lambda p: sign * p.value, default=None)
+
+
+def last(history: History) -> Mapping[str, Any]:
+    """The last record that was evaluated; an empty one where none was."""
+    return next((r for r in reversed(history) if r["metrics"]), {"metrics": {}})
+
+
+def failures(history: History) -> Counter[str]:
+    """How often each reason made a client fail, over all rounds."""
+    return Counter(f["reason"] for record in history for f in record["failures"])
