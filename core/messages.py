@@ -1,0 +1,168 @@
+"""What a server and its clients say to each other over Flower: canonical JSON beside safetensors.
+
+A request carries the run file's tables, never code, and a reply carries numbers and names. A client
+that cannot answer says so with one of the codes below and the class of the exception; its text
+stays at the client, for it may name a patient's file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import pydantic
+
+from umbel.core import run_file
+from umbel.core.errors import InputError
+from umbel.core.run_file import RunFile
+from umbel.core.settings import Natural, Settings
+
+VERSION = 1
+
+# Message types, as Flower routes them.
+HELLO, TRAIN, EVALUATE = "query.hello", "train", "evaluate"
+
+# The records of a message, and the one value that each holds.
+MANIFEST, MODEL = "manifest", "model"
+
+PROBLEMS = {
+    "request": "cannot read the request; is it the same version of Umbel?",
+    "data": "cannot read its data",
+    "client": "is not the client that the request names",
+    "task": "cannot build the task",
+    "model": "was sent a model that is not the task's",
+    "training": "failed in training",
+    "evaluation": "failed in evaluation",
+}
+"""Code -> what it says of a client."""
+
+
+class Request(NamedTuple):
+    """What a client is asked.
+
+    Args:
+        run: the run file; a site replaces ``[data] path`` by its own.
+        round: 0 for the greeting.
+        client: whom it is for; empty in the greeting.
+    """
+
+    run: RunFile
+    round: int
+    client: str
+
+
+class _Reply(Settings):
+    client: str = pydantic.Field(min_length=1, max_length=200)
+
+
+class Hello(_Reply):
+    """A client's answer to the greeting: who it is, and what it holds.
+
+    Args:
+        examples: training examples, at least one.
+        test_examples: of its own test part.
+        info: the fields of ``datasets.federated.Info``.
+        versions: name -> version.
+    """
+
+    examples: int = pydantic.Field(ge=1)
+    test_examples: Natural
+    info: dict[str, Any]
+    versions: dict[str, str | None]
+
+
+class Answer(_Reply):
+    """A client's answer to a round: how many examples it used, and means over them.
+
+    Not judged here: an absurd number of examples is for the update gate, which names it.
+    """
+
+    round: Natural
+    examples: float
+    metrics: dict[str, float | None]
+
+    def means(self) -> dict[str, float]:
+        """The metrics; those that JSON could not write are NaN."""
+        return {n: math.nan if v is None else v for n, v in self.metrics.items()}
+
+
+class Problem(Settings):
+    """A client's answer when it cannot give another: a code, and an exception's class name."""
+
+    error: Literal["request", "data", "client", "task", "model", "training", "evaluation"]
+    exception: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+
+    def reason(self) -> str:
+        """For people."""
+        return f"{PROBLEMS[self.error]} ({self.exception})"
+
+
+R = TypeVar("R", Hello, Answer)
+
+
+def write_run(run: RunFile) -> dict[str, Any]:
+    """The tables of ``run`` as plain values, without where the server keeps its records."""
+    return run.model_dump(mode="json", exclude={"run": {"store"}})
+
+
+def write_request(tables: Mapping[str, Any], round_number: int, client: str) -> str:
+    """A request; ``tables`` are :func:`write_run`'s."""
+    return _json({"version": VERSION, "run": tables, "round": round_number, "client": client})
+
+
+def read_request(text: object) -> Request:
+    """The inverse of :func:`write_request`.
+
+    Raises:
+        InputError: not a request, of another version, or with a run file that is not valid here.
+    """
+    table = _table(text)
+    if table is None or table.get("version") != VERSION:
+        raise InputError(
+            "not a request of this version",
+            where="server's message",
+            fix="run the same version of Umbel on the server and at the sites",
+        )
+    run = run_file.resolve(table.get("run") or {}, "server's message")
+    return Request(run, int(table["round"]), str(table["client"]))
+
+
+def write_reply(reply: Hello | Answer | Problem) -> str:
+    """A reply as text."""
+    return _json(reply.model_dump(mode="json"))
+
+
+def read_reply(text: object, kind: type[R]) -> R | Problem | None:
+    """A reply of ``kind``, or the problem that its client has; ``None`` where it is neither."""
+    table = _table(text)
+    if table is None:
+        return None
+    try:
+        return Problem.model_validate(table) if "error" in table else kind.model_validate(table)
+    except pydantic.ValidationError:
+        return None
+
+
+def answer(client: str, round_number: int, examples: float, metrics: Mapping[str, float]) -> Answer:
+    """A client's answer; means that are not finite are left for the reader to see as NaN."""
+    written = {n: v if math.isfinite(v) else None for n, v in metrics.items()}
+    return Answer(client=client, round=round_number, examples=examples, metrics=written)
+
+
+def problem(code: str, error: BaseException) -> Problem:
+    """What may be told of ``error``."""
+    return Problem.model_validate({"error": code, "exception": type(error).__name__[:64]})
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _table(text: object) -> dict[str, Any] | None:
+    try:
+        table = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+    return table if isinstance(table, dict) else None

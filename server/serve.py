@@ -1,0 +1,97 @@
+"""A whole run where the clients are remote and the server holds no data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from umbel.core.errors import UmbelError
+from umbel.core.payloads import Federation
+from umbel.core.run_file import RunFile
+from umbel.core.trees import Model, map_tree
+from umbel.datasets.federated import Info
+from umbel.server.entries import Ended
+from umbel.server.evaluation import evaluation
+from umbel.server.records import RoundRecord
+from umbel.server.rounds import Start, rounds
+from umbel.server.store import RunStore
+from umbel.strategies.build import build_strategy
+from umbel.tasks.build import build_task, initial_module, model_of
+
+
+def serve(
+    run: RunFile,
+    federation: Federation,
+    info: Info,
+    *,
+    engine: str,
+    resume: str | None = None,
+    text: str | None = None,
+    on_start: Callable[[str], None],
+    on_round: Callable[[RoundRecord], None],
+) -> str:
+    """Runs ``run`` to its end; evaluates where the data live; commits each round.
+
+    The initial model is a function of the run file and of ``info``: the same as in a simulation.
+
+    Args:
+        run: the run file.
+        federation: the clients. It is not closed here.
+        info: what the sites say of their data.
+        engine: what the store calls the federation.
+        resume: id of a run in the store to go on with, from its last committed round.
+        text: the run file as the user wrote it, kept with the run.
+        on_start: called with the run's id.
+        on_round: called after each committed round.
+
+    Returns:
+        the run's id in the store.
+    Raises:
+        UmbelError: what ended the run; its committed rounds stay in the store.
+    """
+    strategy = build_strategy(run.strategy)
+    task = build_task(run.task, info)
+    module = initial_module(task, run.run.seed)
+    params, buffers = model_of(module)
+    store = RunStore(run.run.store)
+    if resume is None:
+        run_id = store.create(run, engine=engine, text=text)
+        model = Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers))
+        start = Start(0, model, strategy.init(model.params))
+    else:
+        run_id = store.get(resume).run_id
+        store.reopen(run_id)
+        saved = store.latest(run_id)
+        if saved is None:
+            model = Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers))
+            start = Start(0, model, strategy.init(model.params))
+        else:
+            start = Start(saved.round, saved.model, saved.state)
+    on_start(run_id)
+    status: Ended = "failed"
+    error = ""
+    try:
+        score = evaluation(run, federation, task, module, None, "cpu")
+        last = time.monotonic()
+        for result in rounds(run, strategy, federation, start, score):
+            now = time.monotonic()
+            final = result.record.round == run.run.rounds
+            due = final or now - last >= run.run.checkpoint_seconds
+            store.commit(run_id, result, checkpoint=due)
+            last = now if due else last
+            on_round(result.record)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except UmbelError as problem:
+        error = str(problem)
+        raise
+    except BaseException as problem:
+        error = f"{type(problem).__name__}: {problem}"
+        raise
+    finally:
+        store.finish(run_id, status, error=error)
+    return run_id

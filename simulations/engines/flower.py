@@ -1,0 +1,42 @@
+"""Flower's own simulation as a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from umbel.core.payloads import Federation
+from umbel.core.run_file import RunFile
+from umbel.datasets.federated import FederatedData
+from umbel.strategies.parts import ClientRule
+from umbel.tasks.task import Task
+
+
+def flower(
+    run: RunFile,
+    data: FederatedData,
+    task: Task,
+    rule: ClientRule,
+    announce: Callable[[str], None],
+) -> Federation:
+    """Flower's own simulation: the client app that sites run, in Ray workers, a node a client.
+
+    Slower to start than the engines of this process, and the nearest thing to a deployment. Workers
+    read the data themselves, as sites do: ``data``, ``task`` and ``rule`` are what they will find.
+
+    Raises:
+        RunError: it does not start.
+    """
+    announce("starting Flower's simulation: some ten seconds until the first round")
+    from umbel.client.flower import app
+    from umbel.server.flower import GridFederation, simulation
+
+    if run.data.path is not None:  # workers need not share this process's working directory
+        section = run.data.model_copy(update={"path": str(Path(run.data.path).absolute())})
+        run = run.model_copy(update={"data": section})
+    grid, alive, end = simulation(app, len(data.names))
+    try:
+        return GridFederation(grid, run, sites=len(data.names), alive=alive, end=end)
+    except BaseException:
+        end()
+        raise
