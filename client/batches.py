@@ -1,0 +1,110 @@
+"""Which examples each step of local training sees: a shuffled pass over the data an epoch.
+
+A function of (seed, round, client) alone, in two forms that agree: the obvious one for one client,
+and one that deals the batches of a whole cohort in a few array operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from umbel.core import randomness
+
+Index: TypeAlias = npt.NDArray[np.int64]
+BatchSize: TypeAlias = int | Literal["full"]
+
+
+def schedule(
+    seed: int,
+    round_number: int,
+    client: str,
+    n: int,
+    batch_size: BatchSize,
+    epochs: int | None,
+    steps: int | None,
+) -> list[Index]:
+    """The batches of one client in one round, as a dataloader that shuffles would give them.
+
+    The last batch of an epoch may be short and is kept. Every epoch has its own permutation.
+
+    Args:
+        seed: of the run.
+        round_number: 1 … rounds.
+        client: its name.
+        n: how many examples it has; at least one.
+        batch_size: examples a step, or ``"full"``: all of them.
+        epochs: passes over the data; or ``None``, and
+        steps: how many batches, from as many passes as that takes.
+
+    Returns:
+        one array of positions 0 … n-1 a step.
+    """
+    size = n if batch_size == "full" else batch_size
+    stream = randomness.key(seed, "batches", round_number, client)
+    total = steps_of(n, batch_size, epochs, steps)
+    batches: list[Index] = []
+    epoch = 0
+    while len(batches) < total:
+        order = randomness.permutation(np.uint64(randomness.mix(stream, epoch)), n)
+        batches += [order[start : start + size] for start in range(0, n, size)]
+        epoch += 1
+    return batches[:total]
+
+
+def steps_of(n: Any, batch_size: BatchSize, epochs: int | None, steps: int | None) -> Any:
+    """How many steps a client of ``n`` examples takes in a round; ``n`` may be an array."""
+    if steps is not None:
+        return n * 0 + steps
+    assert epochs is not None
+    return n * 0 + epochs if batch_size == "full" else epochs * -(-n // batch_size)
+
+
+class Padded(NamedTuple):
+    """The batches of C clients as rectangles.
+
+    Args:
+        rows: (steps, C, B) int64, positions in each client's own examples. Past the count of a
+            batch it repeats the batch's first example; past the steps of a client it is 0.
+        counts: (steps, C) int64, how many of the B are the client's batch; 0 past its last step.
+    """
+
+    rows: Index
+    counts: Index
+
+
+def schedules(
+    seed: int,
+    round_number: int,
+    clients: Sequence[str],
+    sizes: Index,
+    batch_size: BatchSize,
+    epochs: int | None,
+    steps: int | None,
+) -> Padded:
+    """:func:`schedule` of every client at once; same arguments, ``sizes`` (C,)."""
+    width = sizes if batch_size == "full" else np.minimum(sizes, batch_size)
+    a_pass = -(-sizes // width)
+    total = np.asarray(steps_of(sizes, batch_size, epochs, steps))
+    passes = -(-total // a_pass)
+
+    # One permutation for each pass of each client, clients one after another.
+    owner = np.repeat(np.arange(len(sizes)), passes)
+    first = np.cumsum(passes) - passes
+    keys = randomness.client_keys(seed, "batches", round_number, clients)
+    epoch = (np.arange(len(owner)) - first[owner]).astype(np.uint64)
+    orders = randomness.permutations(randomness.mix(keys[owner], epoch), sizes[owner])
+
+    step = np.arange(total.max(initial=0))[:, None]
+    running = step < total
+    row = np.where(running, first + step // a_pass, 0)
+    start = (step % a_pass) * width
+    counts = np.where(running, np.minimum(width, sizes - start), 0)
+    place = np.arange(width.max(initial=0))
+    inside = place < counts[:, :, None]
+    column = start[:, :, None] + np.where(inside, place, 0)
+    index = orders[row[:, :, None], np.where(running[:, :, None], column, 0)]
+    return Padded(np.where(running[:, :, None], index, 0), counts)
