@@ -138,7 +138,7 @@ def compare(
 
 def export(
     run: RunArgument,
-    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Where to.")],
     store: StoreOption = "runs",
     format: FormatOption = Format.text,
 ) -> None:

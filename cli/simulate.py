@@ -45,7 +45,7 @@ def simulate(
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option(metavar="S", help="The run store; default: [run] store."),
+        typer.Option(metavar="S", help="The run store; default: run.store of the run file."),
     ] = None,
     format: FormatOption = Format.text,
 ) -> int:

@@ -24,7 +24,7 @@ from umbel.core.run_file import RunFile
 
 DOCS = Path(__file__).parent
 NOTE = (
-    "<!-- Written by `make docs` from the code. Change the docstrings there, not this page. -->\n"
+    "\n<!-- Written by `make docs` from the code. Change the docstrings there, not this page. -->\n"
 )
 BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "pattern": "matching `{}`"}
 WORDS = {float: "number", int: "whole number", str: "text", bool: "true or false"}
@@ -174,26 +174,23 @@ def cli_page() -> str:
 
 
 def _command(path: str, command: click.Command, context: click.Context) -> Iterator[str]:
-    if not isinstance(command, click.Group):
-        usage = " ".join(command.collect_usage_pieces(context))
-        yield f"## `{path}`\n\n{inspect.cleandoc(command.help or '')}\n"
-        yield f"```text\n{path} {usage}\n```\n"
-        rows = []
-        for param in command.params:
-            if getattr(param, "hidden", False) or param.name == "help":
-                continue
-            option = isinstance(param, click.Option)
-            name = ", ".join(param.opts) if option else (param.metavar or param.human_readable_name)
-            needed = " (required)" if param.required and option else ""
-            rows.append(f"| `{name}` | {_prose(getattr(param, 'help', None) or '')}{needed} |")
-        if rows:
-            yield "\n".join(["| argument | meaning |", "|---|---|", *rows]) + "\n"
-        return
-    for name in command.list_commands(context):
-        below = command.get_command(context, name)
-        if below is not None and not below.hidden:
-            inner = click.Context(below, parent=context, info_name=name)
-            yield from _command(f"{path} {name}", below, inner)
+    usage = " ".join(command.collect_usage_pieces(context))
+    yield f"## `{path}`\n\n{inspect.cleandoc(command.help or '')}\n"
+    yield f"```text\n{path} {usage}\n```\n"
+    rows = []
+    for param in command.params:
+        name = ", ".join(param.opts)
+        if isinstance(param, click.Argument):
+            name = param.metavar or param.human_readable_name
+        rows.append(f"| `{name}` | {_prose(getattr(param, 'help', None) or '')} |")
+    if rows:
+        yield "\n".join(["| argument | meaning |", "|---|---|", *rows]) + "\n"
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            if below is not None and not below.hidden:
+                inner = click.Context(below, parent=context, info_name=name)
+                yield from _command(f"{path} {name}", below, inner)
 
 
 PAGES = {"run-file.md": run_file_page, "cli.md": cli_page}
