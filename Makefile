@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)  ## a federation of 20 clients learns to read digits, here, in seconds
 	@mkdir -p $(DEMO)
 	$(BIN)/umbel plot --split $(RECIPE) $(DEMO)/split.png
-	$(BIN)/umbel simulate $(RECIPE) --set run.store=$(DEMO)/runs
+	$(BIN)/umbel simulate $(RECIPE) --store $(DEMO)/runs
 	$(BIN)/umbel plot --store $(DEMO)/runs latest $(DEMO)/accuracy.png
 	@echo
 	@echo "who holds what:  $(DEMO)/split.png"

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+def make(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     # A make above this one must not hand its own flags and variables down.
     clean = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
     command = ["make", "--no-print-directory", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def test_help_is_the_default_and_lists_every_target() -> None:
@@ -52,3 +55,17 @@ def test_an_installed_environment_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".installed").touch()
     done = make("install", f"VENV={tmp_path}", "PYTHON=false")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_learns_and_draws(tmp_path: Path) -> None:
+    # This environment stands for the one that `make` would install.
+    demo, environment = tmp_path / "demo", Path(sys.prefix)
+    stamp = environment / ".installed"
+    done = make("demo", "-o", str(stamp), f"VENV={environment}", f"DEMO={demo}", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rounds = re.findall(r"accuracy (0\.\d+)", done.stdout + done.stderr)
+    assert float(rounds[-1]) > 0.85 > float(rounds[0])
+    for name in ("split.png", "accuracy.png"):
+        assert (demo / name).read_bytes().startswith(b"\x89PNG")
+        assert str(demo / name) in done.stdout
