@@ -1,0 +1,67 @@
+"""The clients that live in this process: their data, trained and evaluated one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from umbel.client.training import ClientRuntime
+from umbel.core.errors import UmbelError
+from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Updates
+from umbel.core.run_file import RunFile
+from umbel.core.trees import Model
+from umbel.datasets.federated import FederatedData, Numbered
+from umbel.strategies.parts import ClientRule
+from umbel.tasks.task import Task
+
+
+class Residents:
+    """What every in-process engine shares.
+
+    An exception of the user's model or loss, raised for one client's data, is that client's
+    failure; an :class:`UmbelError` is everybody's and propagates.
+    """
+
+    def __init__(self, run: RunFile, data: FederatedData, task: Task, rule: ClientRule) -> None:
+        self.data = data
+        self.runtime = ClientRuntime(run, task, rule)
+        # Numbered names know their places; a million of them need no table.
+        listed = () if isinstance(data.names, Numbered) else data.names
+        self._places = {name: place for place, name in enumerate(listed)}
+
+    def place(self, client: str) -> int:
+        """Where ``client`` stands among the names of the data."""
+        return self._places[client] if self._places else self.data.names.index(client)
+
+    def sizes(self) -> Sequence[int]:
+        """How many training examples each client has, in the order of the names."""
+        sizes: list[int] = self.data.train_holdings.sizes().tolist()
+        return sizes
+
+    def train(self, round_number: int, client: str, model: Model) -> Updates | Failure:
+        """Trains one client the plain way."""
+        examples = self.data.train_part(self.place(client))
+        try:
+            return self.runtime.train(round_number, client, examples, model)
+        except UmbelError:
+            raise
+        except Exception as error:
+            return Failure(client, reason(error))
+
+    def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
+        """Evaluates the plan's clients in its order; those without a test part yield nothing."""
+        for client in plan.clients:
+            examples = self.data.test_part(self.place(client))
+            if examples is None:
+                continue
+            try:
+                yield Evaluation(client, *self.runtime.evaluate(examples, plan.model))
+            except UmbelError:
+                raise
+            except Exception as error:
+                yield Failure(client, reason(error))
+
+
+def reason(error: Exception) -> str:
+    """``<ExceptionType>: <first line>``."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
