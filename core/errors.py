@@ -32,8 +32,8 @@ class UmbelError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        where = f"{self.where}: " if self.where else ""
-        fix = f" ({self.fix})" if self.fix else ""
+        where = f"{self.where}: " if self.where and self.where not in self.message else ""
+        fix = f"; {self.fix}" if self.fix else ""
         return f"{where}{self.message}{fix}"
 
 

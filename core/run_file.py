@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,11 +143,11 @@ class Client(Settings):
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> Client:
         if self.local_epochs is not None and self.local_steps is not None:
-            raise ValueError("local_epochs and local_steps exclude each other")
+            raise ValueError("local_epochs and local_steps exclude each other; remove one")
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
+            raise ValueError("nesterov needs a momentum above 0; set momentum = 0.9")
         if self.optimizer != "sgd" and self.momentum:
-            raise ValueError("momentum belongs to sgd; adam and adamw have beta1")
+            raise ValueError("momentum belongs to sgd; adam and adamw have beta1; remove momentum")
         return self
 
 
@@ -229,11 +229,17 @@ def resolve(table: Mapping[str, Any], where: str = "run file") -> RunFile:
             raise InputError(
                 f"[{name}] is not supported by this version", where=where, fix=f"remove [{name}]"
             )
+        if name not in RunFile.model_fields and not isinstance(value, Mapping):
+            owners = [t for t, f in RunFile.model_fields.items() if name in _keys(f.annotation)]
+            fix = f"write it below [{owners[0]}]" if owners else "write it below its [table]"
+            raise InputError(f"key '{name}' stands outside any table", where=where, fix=fix)
         if name not in RunFile.model_fields:
             fix = suggest(name, RunFile.model_fields)
             raise InputError(f"unknown table [{name}]", where=where, fix=fix)
         if not isinstance(value, Mapping):
-            raise InputError(f"{name} = {value!r} is not a table", where=where, fix=f"[{name}]")
+            raise InputError(
+                f"{name} = {value!r} is not a table", where=where, fix=f"write [{name}]"
+            )
         field = RunFile.model_fields[name].annotation
         assert isinstance(field, type)
         parse(field, value, f"[{name}]")  # by table first, so that the place is exact
@@ -242,6 +248,11 @@ def resolve(table: Mapping[str, Any], where: str = "run file") -> RunFile:
             raise InputError(f"table [{name}] is missing", where=where, fix=f"add [{name}]")
     checked: RunFile = parse(RunFile, table, where)
     return checked
+
+
+def _keys(section: Any) -> Collection[str]:
+    fields: Collection[str] = section.model_fields
+    return fields
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:

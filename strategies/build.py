@@ -14,7 +14,11 @@ def build_strategy(section: run_file.Strategy) -> Strategy:
     """
     factory = registry.find("strategies", section.name, "[strategy]")
     table = settings.arguments(
-        factory, section.parameters(), "[strategy]", f"strategy '{section.name}'"
+        factory,
+        section.parameters(),
+        "[strategy]",
+        f"strategy '{section.name}'",
+        also=run_file.Strategy.model_fields,
     )
     strategy: Strategy = factory(**table)
     return strategy

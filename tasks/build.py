@@ -18,7 +18,9 @@ def build_task(section: run_file.Task, info: Info) -> Task:
         InputError: no such task or model, or a parameter that is not its own.
     """
     factory = registry.find("tasks", section.kind, "[task]")
-    table = settings.arguments(factory, section.parameters(), "[task]", f"task '{section.kind}'")
+    owner = f"task '{section.kind}'"
+    also = run_file.Task.model_fields
+    table = settings.arguments(factory, section.parameters(), "[task]", owner, also=also)
     task: Task = factory(info, section.model, **table)
     return task
 
