@@ -46,14 +46,15 @@ class ClientRuntime:
                 fix="unfreeze what shall be trained",
             )
 
-    def module(self, model: Model) -> nn.Module:
-        """A fresh module in training mode that holds ``model``.
+    def module(self, model: Model | None = None) -> nn.Module:
+        """A fresh module in training mode that holds ``model``, or the run's initial model.
 
         Raises:
             InputError: as :func:`load`.
         """
         module = copy.deepcopy(self._module).train()
-        load(module, model)
+        if model is not None:
+            load(module, model)
         return module
 
     def train(self, round_number: int, client: str, examples: Arrays, model: Model) -> Updates:

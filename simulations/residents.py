@@ -11,6 +11,7 @@ from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
 from umbel.datasets.federated import FederatedData, Numbered
 from umbel.strategies.parts import ClientRule
+from umbel.tasks.evaluate import evaluate
 from umbel.tasks.task import Task
 
 
@@ -49,12 +50,14 @@ class Residents:
 
     def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
         """Evaluates the plan's clients in its order; those without a test part yield nothing."""
+        module = self.runtime.module(plan.model)
         for client in plan.clients:
             examples = self.data.test_part(self.place(client))
             if examples is None:
                 continue
             try:
-                yield Evaluation(client, *self.runtime.evaluate(examples, plan.model))
+                found = evaluate(self.runtime.task, module, examples, device=self.runtime.device)
+                yield Evaluation(client, *found)
             except UmbelError:
                 raise
             except Exception as error:

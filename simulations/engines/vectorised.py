@@ -22,6 +22,9 @@ from umbel.strategies.parts import ClientRule
 from umbel.tasks.evaluate import tensor_of
 from umbel.tasks.task import Task
 
+TRIAL = 32
+"""Examples that the trial looks at, at most."""
+
 
 def vectorised(
     run: RunFile,
@@ -34,7 +37,7 @@ def vectorised(
 ) -> Federation:
     """Many clients in one computation; the same model as sequential, to float tolerance.
 
-    A model that cannot be trained so (found by a trial on the first client's data) is announced
+    A model that cannot be trained so (found by a trial on the largest client's data) is announced
     once and trained one client after another.
 
     Args:
@@ -67,7 +70,8 @@ class Vectorised:
         self._announce = announce
         self._memory = chunks.memory_bound(self._runtime.device) if memory is None else memory
         self._largest = largest_chunk
-        self._kernel: Kernel | None = None
+        self._module = self._runtime.module()
+        self._kernel = Kernel(self._runtime, self._module)
         self._verdict: trial.Verdict | None = None
         self._columns = {n: tensor_of(c) for n, c in residents.data.train.items()}
         if self._runtime.device.type != "cpu":
@@ -92,7 +96,7 @@ class Vectorised:
 
     def train(self, plan: TrainPlan) -> Iterator[Updates | Failure]:
         """Trains the plan's clients in its order, in stacks; reserves one at a time."""
-        verdict = self._try(plan)
+        verdict = self._try()
         wanted = plan.clients[: plan.wanted] if verdict.obstacle is None else []
         if wanted:
             load(self._module, plan.model)
@@ -103,32 +107,33 @@ class Vectorised:
         for client in plan.clients[len(wanted) :]:
             yield self._residents.train(plan.round, client, plan.model)
 
-    def _try(self, plan: TrainPlan) -> trial.Verdict:
-        """The verdict on this model, found at the first round."""
-        if self._verdict is None and plan.clients:
-            self._module = self._runtime.module(plan.model)
-            rows = self._residents.data.train_holdings.of_client(
-                self._residents.place(plan.clients[0])
+    def _try(self) -> trial.Verdict:
+        """The verdict on this model, found at the first round.
+
+        From the initial model and the largest client, so that it is the same in a resumed run.
+        """
+        if self._verdict is not None:
+            return self._verdict
+        holdings = self._residents.data.train_holdings
+        rows = holdings.of_client(int(holdings.sizes().argmax()))
+        size = self._runtime.run.client.batch_size
+        rows = rows[: TRIAL if size == "full" else min(size, TRIAL)]
+        batch = {
+            name: column[torch.from_numpy(rows.astype(np.int64))].to(self._runtime.device)
+            for name, column in self._columns.items()
+        }
+        try:
+            self._verdict = trial.attempt(self._runtime, self._runtime.module(), batch)
+        except UmbelError:
+            raise
+        except Exception as error:  # it fails in a plain loop as well: let each client say so
+            self._verdict = trial.Verdict(reason(error), 0)
+        if self._verdict.obstacle is not None:
+            self._announce(
+                f"cannot vectorise model: {self._verdict.obstacle}; "
+                "running one client after another"
             )
-            size = self._runtime.run.client.batch_size
-            first = torch.from_numpy(rows[: None if size == "full" else size].astype(np.int64))
-            batch = {
-                name: c[first.to(c.device)].to(self._runtime.device)
-                for name, c in self._columns.items()
-            }
-            try:
-                self._verdict = trial.attempt(self._runtime, self._module, batch)
-            except UmbelError:
-                raise
-            except Exception as error:  # it fails in a plain loop as well: let each client say so
-                self._verdict = trial.Verdict(reason(error), 0)
-            if self._verdict.obstacle is not None:
-                self._announce(
-                    f"cannot vectorise model: {self._verdict.obstacle}; "
-                    "running one client after another"
-                )
-            self._kernel = Kernel(self._runtime, self._module)
-        return self._verdict or trial.Verdict("no clients", 0)
+        return self._verdict
 
     def _footprint(self, model: Model, activation_bytes: int) -> chunks.Footprint:
         row = sum(c[:1].nbytes for c in self._columns.values())
@@ -199,7 +204,6 @@ class Vectorised:
             held, pooled = np.unique(pooled, return_inverse=True)
             columns = {n: c[torch.from_numpy(held)].to(device) for n, c in columns.items()}
         work = Chunk.of(columns, batches.Padded(pooled, padded.counts), device)
-        assert self._kernel is not None
         anchor = to_device(plan.model.params, device)
         lr = optimizers.learning_rate(run.client, plan.round, run.run.rounds)
         params, totals = self._kernel.train(anchor, work, lr)
