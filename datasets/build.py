@@ -39,8 +39,8 @@ def load(section: run_file.Data, seed: int) -> FederatedData:
        the global test set. With a ``client_holdout`` given, owners' test parts too are global;
     3. ``client_holdout``: a stratified share of each client's examples, which stays there. A client
        keeps one training example at least;
-    4. where that leaves no test example: ``client_holdout`` 0.2 for natural clients, else
-       ``holdout`` 0.2.
+    4. where the data set has no test part: ``client_holdout`` 0.2 by default for natural clients,
+       ``holdout`` 0.2 by default for all others.
 
     Raises:
         InputError: an unknown data set or split, a parameter that is not its own, a missing or
@@ -61,6 +61,8 @@ def load(section: run_file.Data, seed: int) -> FederatedData:
         train, holdings, client_test, client_test_holdings = _keep_back(
             data.info, train, holdings, client_holdout, seed
         )
+        if not rows(client_test):  # every client is too small to spare an example
+            client_test = client_test_holdings = None
     elif natural and data.test_owner is not None and section.client_holdout is None:
         assert data.owner is not None
         assert test is not None
@@ -133,7 +135,7 @@ def _shares(section: run_file.Data, data: Dataset, natural: bool) -> tuple[float
     if data.test is None and not holdout:
         if natural and section.client_holdout is None:
             client_holdout = DEFAULT_SHARE
-        elif section.holdout is None:
+        if section.holdout is None and not (natural and client_holdout):
             holdout = DEFAULT_SHARE
     return holdout, client_holdout
 
@@ -142,6 +144,12 @@ def _hold_out(data: Dataset, share: float, seed: int) -> Dataset:
     """Moves a share of the training examples to the global test set, in place of any of its own."""
     labels = strata_of(data.info, data.train)
     aside = stratified(labels, np.zeros(len(labels), np.int64), share, seed, "holdout")
+    if not aside.any():
+        raise InputError(
+            f"holdout = {share} of {len(labels)} training examples is less than one",
+            where="[data]",
+            fix="a larger holdout, or 0 for no global test set",
+        )
     keep = np.flatnonzero(~aside)
     return replace(
         data,

@@ -147,7 +147,8 @@ def _classes(
         message = f"column '{target}' holds real numbers, not classes; regression = true?"
         raise damaged(file, message, FORMAT)
     order = list(labels or sorted(present))
-    if unknown := next((cell for cell in cells if cell not in order or not cell), None):
+    unknown = next((cell for cell in cells if cell not in order or not cell), None)
+    if unknown is not None:
         line = numbers[cells.index(unknown)]
         message = f"line {line}, column '{target}': '{unknown}' is not one of {', '.join(order)}"
         raise damaged(file, message, FORMAT)

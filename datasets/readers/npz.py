@@ -104,6 +104,8 @@ def _check(file: Path, arrays: dict[str, npt.NDArray[Any]], part: str) -> None:
         if not np.isfinite(arrays[name]).all():
             row = int(np.argwhere(~np.isfinite(arrays[name]))[0, 0])
             raise damaged(file, f"'{name}' is NaN or infinite in row {row}", FORMAT)
+    if arrays[f"x{part}"].ndim < 2:
+        raise damaged(file, f"'x{part}' has one dimension; a row needs features", FORMAT)
     kinds = {arrays[n].dtype.kind == "f" for n in ("y", "y_test") if n in arrays}
     y = arrays[f"y{part}"]
     if y.ndim > (2 if y.dtype.kind == "f" else 1) or len(kinds) > 1:
