@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 import re
 import shlex
@@ -91,6 +93,16 @@ def test_toml_parses_and_make_targets_exist(page: Path) -> None:
         assert verb in {"make", "umbel", "git", "cd"}, command
         if verb == "make":
             assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_import_what_there_is(page: Path) -> None:
+    for block in blocks(page.read_text(encoding="utf-8"), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module != "__future__":
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
