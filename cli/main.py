@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ def root(
 
 def main() -> None:
     """The entry point of the ``umbel`` command."""
+    # Whoever ends a run, a person or a machine that shuts down, leaves it resumable.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -14,6 +14,7 @@ from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.core.versions import versions
 from umbel.server.evaluation import evaluation
+from umbel.server.entries import Ended
 from umbel.server.records import RoundRecord
 from umbel.server.rounds import Start, rounds
 from umbel.server.store import RunStore
@@ -97,9 +98,10 @@ def simulate(
     else:
         run_id = store.get(resume).run_id
         _same_run(run, stored_run(run.run.store, run_id), run_id)
-        store.reopen(run_id)
+        if note := store.reopen(run_id, run):
+            announce(note)
         _same_versions(store.get(run_id).versions, announce)
-    status = "failed"
+    status: Ended = "failed"
     error = ""
     federation: Federation | None = None
     try:
@@ -120,7 +122,9 @@ def simulate(
         if federation is not None:
             federation.close()
         store.finish(run_id, status, error=error)
-    return _outcome(store, run_id, status, time.monotonic() - began)
+    outcome = _outcome(store, run_id, status, time.monotonic() - began)
+    store.close()
+    return outcome
 
 
 def check(run: RunFile) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def main() -> None:
                 f"{target:.3f}",
                 f"{statistics.mean(reference):.3f}" if reference else "not at hand",
             )
-    Console().print(table)
+    Console(width=100).print(table)
     raise SystemExit(int(missed))
 
 

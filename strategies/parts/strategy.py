@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
-
-from torch import Tensor
+from typing import Any, NamedTuple, TypeAlias
 
 from umbel.core.trees import Tree
 from umbel.strategies.parts.combine import Combined, Combiner
 from umbel.strategies.parts.rule import ClientRule
 
-ServerState: TypeAlias = Mapping[str, "Tree | Tensor"]
-"""What a server keeps between rounds: the paper's letter -> tree or scalar tensor."""
+ServerState: TypeAlias = Mapping[str, Any]
+"""What a server keeps between rounds: the paper's letter -> tree, or scalar tensor."""
 
 
 class Strategy(NamedTuple):
