@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from umbel.core.errors import InputError
@@ -40,6 +40,7 @@ def owned(tmp_path: Path) -> dict[str, Any]:
     return {"name": "npz", "path": str(tmp_path)}
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12),
     share=st.floats(0, 0.999),

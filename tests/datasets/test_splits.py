@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from umbel.core import registry
@@ -38,6 +38,7 @@ def is_partition(holdings: Holdings, rows: int) -> bool:
     return np.array_equal(np.sort(holdings.index), np.arange(rows))
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(BY_COUNT),
     rows=st.integers(40, 400),
@@ -57,6 +58,7 @@ def test_a_split_is_a_partition_by_seed_alone(
     assert same(first, split(kind, deal, clients=clients, **keys))
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 200), owners=st.integers(1, 30), seed=st.integers(0, 9))
 def test_natural_gives_each_owner_its_rows(rows: int, owners: int, seed: int) -> None:
     deal = made(rows, 3, seed, owners)
