@@ -74,10 +74,12 @@ def explain(
         where: the table, such as ``[client]``, or the file.
         also: further keys that belong into the table, for the suggestion.
     """
-    first = error.errors()[0]
+    # A key that is unknown explains one that is missing: it is the same one, misspelt.
+    everything = sorted(error.errors(), key=lambda e: e["type"] == "missing")
+    first = everything[0]
     place = _place(model, first)
     # Every member of a union complains; one that looked inside a table knows more than the others.
-    for other in error.errors()[1:]:
+    for other in everything[1:]:
         inner = _place(model, other)
         if inner.tables[: len(place.tables) + 1] == (*place.tables, place.key):
             first, place = other, inner

@@ -61,9 +61,12 @@ def write(path: Path, run_id: str, checkpoint: Checkpoint) -> str:
     return _write(path, flat, metadata)
 
 
-def write_model(path: Path, run_id: str, round_number: int, model: Model) -> str:
-    """Writes the model alone, under its plain names, for ``load_state_dict``; as :func:`write`."""
-    return _write(path, model.tensors(), {"run_id": run_id, "round": round_number})
+def write_model(path: Path, model: Model) -> None:
+    """Writes the model alone, under its plain names, for ``load_state_dict``; as :func:`write`.
+
+    Nothing of the run is in it: the same model is the same bytes.
+    """
+    _write(path, model.tensors(), {})
 
 
 def read(path: Path, sha256: str) -> Checkpoint:
@@ -152,7 +155,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any
 
     def fill(temporary: Path) -> None:
         nonlocal digest
-        text = {"format": "pt", "umbel": json.dumps(metadata, separators=(",", ":"))}
+        text = {"umbel": json.dumps(metadata)} if metadata else {"format": "pt"}
         try:
             safetensors.torch.save_file(_separate(tensors), temporary, text)
         except safetensors.SafetensorError as error:

@@ -263,7 +263,7 @@ class RunStore:
         if last is None:
             return False
         with translated(path):
-            checkpoints.write_model(path, run_id, last.round, last.model)
+            checkpoints.write_model(path, last.model)
         return True
 
     def model_path(self, run_id: str) -> Path:
