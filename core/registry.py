@@ -27,6 +27,9 @@ KINDS = {
 }
 
 
+SINGULAR = {"strategies": "strategy", "datasets": "data set"}
+
+
 def known(kind: str) -> dict[str, str]:
     """The parts of a kind: name -> first line of its docstring. Reads files, imports nothing."""
     spec = importlib.util.find_spec(KINDS[kind])
@@ -35,7 +38,7 @@ def known(kind: str) -> dict[str, str]:
     found = {}
     for folder in spec.submodule_search_locations:
         for path in sorted(Path(folder).glob("*.py")):
-            for node in ast.parse(path.read_text()).body:
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 if isinstance(node, ast.FunctionDef) and node.name == path.stem:
                     doc = ast.get_docstring(node) or ""
                     name = path.stem.lstrip("_").replace("_", "-")
@@ -51,9 +54,10 @@ def find(kind: str, name: str, where: str) -> Callable[..., Any]:
     """
     if ":" in name:
         return _own(name, where)
+    name = name.replace("_", "-")
     if name not in (parts := known(kind)):
         raise InputError(
-            f"unknown {kind.removesuffix('s').replace('strategie', 'strategy')} '{name}'",
+            f"unknown {SINGULAR.get(kind, kind.removesuffix('s'))} '{name}'",
             where=where,
             fix=f"{suggest(name, parts)}; or 'package.module:object' for your own",
         )
@@ -68,7 +72,7 @@ def _own(name: str, where: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
+    except (ImportError, SyntaxError, ValueError, TypeError) as error:  # the last two: ":b", "..a:b"
         raise InputError(
             f"cannot import '{module_name}': {error}",
             where=where,

@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A machine under load is no reason to fail.
+settings.register_profile("umbel", deadline=None)
+settings.load_profile("umbel")
 
 
 @pytest.fixture(scope="session")

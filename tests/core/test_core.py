@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel.core import randomness
+from umbel.core import randomness, registry
 from umbel.core.errors import InputError
 from umbel.core.payloads import canonical_json, pack, unpack
 from umbel.core.trees import Model, add_cast, flatten, norm, unflatten
@@ -101,3 +101,15 @@ def test_norm_is_of_the_whole_tree() -> None:
 def test_a_model_knows_its_weight() -> None:
     model = Model({"w": torch.zeros(3)}, {"n": torch.zeros((), dtype=torch.int64)})
     assert model.bytes() == 20
+
+
+@pytest.mark.parametrize("name", [":b", "..x:y", "no.such:thing", "math:no", "math:pi"])
+def test_a_part_that_cannot_be_had_is_one_clear_error(name: str) -> None:
+    with pytest.raises(InputError):
+        registry.find("models", name, "[task.model]")
+
+
+def test_names_of_parts_are_forgiving_of_underscores() -> None:
+    assert registry.find("datasets", "heart_disease", "[data]").__name__ == "heart_disease"
+    with pytest.raises(InputError, match="unknown data set 'digit'.*did you mean 'digits'"):
+        registry.find("datasets", "digit", "[data]")
