@@ -159,7 +159,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any
         try:
             safetensors.torch.save_file(_separate(tensors), temporary, text)
         except safetensors.SafetensorError as error:
-            raise OSError(f"cannot write {path.name}: {error}") from error
+            raise OSError(str(error)) from error
         with temporary.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -131,7 +131,7 @@ def _prepare(raw: sa.engine.interfaces.DBAPIConnection) -> None:
 
 
 @contextmanager
-def translated(place: Path) -> Iterator[None]:
+def translated(place: Path, what: str = "run store") -> Iterator[None]:
     """Turns the errors of the disk and of SQLite into one that a user can act on.
 
     Raises:
@@ -144,12 +144,12 @@ def translated(place: Path) -> Iterator[None]:
         raise
     except OSError as error:
         where = str(error.filename or place)
-        raise _error(error.strerror or str(error), where) from error
+        raise _error(error.strerror or str(error), where, what) from error
     except sa.exc.DatabaseError as error:
-        raise _error(str(error.orig), str(place)) from error
+        raise _error(str(error.orig), str(place), what) from error
 
 
-def _error(reason: str, where: str) -> UmbelError:
+def _error(reason: str, where: str, what: str) -> UmbelError:
     text = reason.lower()
     if "full" in text or "no space" in text or "quota" in text or "file too large" in text:
         return RunError(f"the disk is full: {reason}", where=where, fix="free space, then resume")
@@ -159,8 +159,10 @@ def _error(reason: str, where: str) -> UmbelError:
     if "not a database" in text or "malformed" in text:
         fix = "restore it from a backup, or use another --store"
         return InputError(f"the store is damaged or not a store: {reason}", where=where, fix=fix)
-    refused = ("permission", "read-only", "readonly", "unable to open", "not a directory", "exists")
+    refused = ("permission", "read-only", "readonly", "unable to open", "directory", "exists")
     if any(word in text for word in refused):
-        fix = "use a folder that you may write: [run] store or --store"
-        return InputError(f"cannot write the run store: {reason}", where=where, fix=fix)
-    return RunError(f"the run store failed: {reason}", where=where, fix="check the disk")
+        fix = "use a folder that is there and that you may write"
+        if what == "run store":
+            fix = "use a folder that you may write: [run] store or --store"
+        return InputError(f"cannot write the {what}: {reason}", where=where, fix=fix)
+    return RunError(f"the {what} failed: {reason}", where=where, fix="check the disk")

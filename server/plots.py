@@ -49,7 +49,7 @@ def draw_run(runs: Sequence[Drawn], path: Path, metric: str | None = None) -> li
     _epsilon(panels[0], runs)
     panels[-1].set_xlabel("round")
     figure.suptitle(_title(runs), fontsize=12)
-    with translated(path):
+    with translated(path, "picture"):
         figure.savefig(path)
     return names
 

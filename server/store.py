@@ -262,7 +262,7 @@ class RunStore:
         last = self.latest(run_id)
         if last is None:
             return False
-        with translated(path):
+        with translated(path, "model"):
             checkpoints.write_model(path, last.model)
         return True
 

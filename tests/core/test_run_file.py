@@ -94,7 +94,7 @@ def part(*, mu: settings.NonNegative, sizes: list[int] | None = None) -> None:
 def test_keys_of_a_named_part_are_its_parameters() -> None:
     assert settings.arguments(part, {"mu": 1}, "[strategy]") == {"mu": 1.0, "sizes": None}
     for table, message in {
-        "nu = 1": "unknown key 'nu' of strategy 'part' in [strategy]; did you mean 'mu'?",
+        "nu = 1": "unknown key 'nu' of strategy 'part' in [strategy]; known: mu, sizes",
         "cohrt = 1\nmu = 1": "did you mean 'cohort'?",
         "mu = -1": "[strategy]: mu = -1: must be a number at least 0; change mu",
         "": "'mu' is missing in [strategy]; add mu = …",
