@@ -17,7 +17,7 @@ def flower(
     data: FederatedData,
     task: Task,
     rule: ClientRule,
-    announce: Callable[[str], None],
+    announce: Callable[[str], None] = lambda message: None,
 ) -> Federation:
     """Flower's own simulation: the client app that sites run, in Ray workers, a node a client.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -53,17 +54,24 @@ class ClientRule(NamedTuple):
         return gradient
 
 
-def proximal(mu: float) -> LossTerm:
-    """``mu / 2 * ||w - w_global||^2``, in units of the loss.
+@dataclass(frozen=True)
+class Proximal:
+    """``mu / 2 * ||w - w_global||^2``, in units of the loss; data, so that others can read ``mu``.
 
     Source: Li et al. 2020, FedProx, equation 2 (arXiv:1812.06127).
     """
 
-    def term(local: Local) -> Tensor:
-        squares = [(p - local.anchor[name]).square().sum() for name, p in local.params.items()]
-        return 0.5 * mu * torch.stack(squares).sum()
+    mu: float
 
-    return term
+    def __call__(self, local: Local) -> Tensor:
+        """The term for one client, a scalar."""
+        squares = [(p - local.anchor[name]).square().sum() for name, p in local.params.items()]
+        return 0.5 * self.mu * torch.stack(squares).sum()
+
+
+def proximal(mu: float) -> LossTerm:
+    """The proximal term of FedProx."""
+    return Proximal(mu)
 
 
 def clip_gradient(max_norm: float) -> GradTransform:
