@@ -72,7 +72,7 @@ def _own(name: str, where: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, SyntaxError, ValueError, TypeError) as error:  # the last two: ":b", "..a:b"
+    except (ImportError, SyntaxError, ValueError, TypeError) as error:  # ":b" and "..a:b", too
         raise InputError(
             f"cannot import '{module_name}': {error}",
             where=where,

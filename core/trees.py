@@ -16,7 +16,7 @@ class Model(NamedTuple):
 
     ``params`` are trained by gradients and stepped by the server's optimizer. ``buffers`` (running
     statistics, counters) are averaged and never stepped: an adaptive step on a BatchNorm variance
-    can make it negative. Names are those of ``torch.nn.Module.state_dict`` and are unique over both.
+    can make it negative. Names are those of ``torch.nn.Module.state_dict``, unique over both.
     """
 
     params: Tree

@@ -13,8 +13,8 @@ from umbel.core.errors import InputError, UmbelError
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.core.versions import versions
-from umbel.server.evaluation import evaluation
 from umbel.server.entries import Ended
+from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
 from umbel.server.rounds import Start, rounds
 from umbel.server.store import RunStore

@@ -111,5 +111,5 @@ def test_a_part_that_cannot_be_had_is_one_clear_error(name: str) -> None:
 
 def test_names_of_parts_are_forgiving_of_underscores() -> None:
     assert registry.find("datasets", "heart_disease", "[data]").__name__ == "heart_disease"
-    with pytest.raises(InputError, match="unknown data set 'digit'.*did you mean 'digits'"):
+    with pytest.raises(InputError, match=r"unknown data set 'digit'.*did you mean 'digits'"):
         registry.find("datasets", "digit", "[data]")

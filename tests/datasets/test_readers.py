@@ -244,7 +244,7 @@ def test_no_path_is_one_error_and_never_a_download(
 def test_another_sets_key_is_refused() -> None:
     with pytest.raises(InputError, match="unknown key 'owner' of data set 'digits'"):
         read(Data.model_validate({"name": "digits", "owner": "drawer"}))
-    with pytest.raises(InputError, match="unknown dataset 'dgits'") as unknown:
+    with pytest.raises(InputError, match="unknown data set 'dgits'") as unknown:
         read(Data(name="dgits"))
     assert "'digits'" in unknown.value.fix
 
