@@ -126,8 +126,9 @@ class Vectorised:
             self._verdict = trial.attempt(self._runtime, self._runtime.module(), batch)
         except UmbelError:
             raise
-        except Exception as error:  # it fails in a plain loop as well: let each client say so
+        except Exception as error:  # it fails in a plain loop as well: each client will say so
             self._verdict = trial.Verdict(reason(error), 0)
+            return self._verdict
         if self._verdict.obstacle is not None:
             self._announce(
                 f"cannot vectorise model: {self._verdict.obstacle}; "
@@ -200,7 +201,9 @@ class Vectorised:
         columns = self._columns
         offsets = holdings.offsets[places]
         pooled = holdings.index[padded.rows + offsets[:, None]].astype(np.int64)
-        if any(c.device != device for c in columns.values()):
+        if any(
+            c.device.type != device.type for c in columns.values()
+        ):  # too large to be held there
             held, pooled = np.unique(pooled, return_inverse=True)
             columns = {n: c[torch.from_numpy(held)].to(device) for n, c in columns.items()}
         work = Chunk.of(columns, batches.Padded(pooled, padded.counts), device)
