@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from umbel.client import batches, optimizers
 from umbel.client.training import load
@@ -15,7 +14,7 @@ from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Federation, T
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, to_device
 from umbel.datasets.federated import FederatedData
-from umbel.simulations import chunks, trial
+from umbel.simulations import chunks, stacks, trial
 from umbel.simulations.residents import Residents, reason
 from umbel.simulations.stacked import Chunk, Kernel
 from umbel.strategies.parts import ClientRule
@@ -128,7 +127,6 @@ class Vectorised:
             raise
         except Exception as error:  # it fails in a plain loop as well: each client will say so
             self._verdict = trial.Verdict(reason(error), 0)
-            return self._verdict
         if self._verdict.obstacle is not None:
             self._announce(
                 f"cannot vectorise model: {self._verdict.obstacle}; "
@@ -149,7 +147,7 @@ class Vectorised:
         size = self._runtime.run.client.batch_size
         batch_size = None if size == "full" else size
         dealt = chunks.chunks(sizes, batch_size, fp, self._memory, self._largest)
-        stacks: Updates | None = None
+        whole: Updates | None = None
         failures: dict[int, Failure] = {}
         for chunk in dealt:
             names = [clients[i] for i in chunk]
@@ -170,16 +168,16 @@ class Vectorised:
                 done = [i for i, u in enumerate(one_by_one) if isinstance(u, Updates)]
                 if not done:
                     continue
-                updates = _join([u for u in one_by_one if isinstance(u, Updates)])
+                updates = stacks.join([u for u in one_by_one if isinstance(u, Updates)])
             rows = chunk[list(done)]
             if len(rows) == len(clients) and (rows == np.arange(len(rows))).all():
-                stacks = updates
+                whole = updates
             else:
-                stacks = _scatter(stacks, updates, rows, list(clients))
+                whole = stacks.scatter(whole, updates, rows, list(clients))
         start = 0
         for stop in [*sorted(failures), len(clients)]:
-            if stop > start and stacks is not None:
-                yield stacks if stop - start == len(clients) else _rows(stacks, start, stop)
+            if stop > start and whole is not None:
+                yield whole if stop - start == len(clients) else stacks.rows(whole, start, stop)
             if stop in failures:
                 yield failures[stop]
             start = stop + 1
@@ -201,10 +199,10 @@ class Vectorised:
         columns = self._columns
         offsets = holdings.offsets[places]
         pooled = holdings.index[padded.rows + offsets[:, None]].astype(np.int64)
-        if any(
-            c.device.type != device.type for c in columns.values()
-        ):  # too large to be held there
-            held, pooled = np.unique(pooled, return_inverse=True)
+        if any(c.device.type != device.type for c in columns.values()):
+            # All data did not fit there: only the rows of this chunk go, each once.
+            held, inverse = np.unique(pooled, return_inverse=True)
+            pooled = inverse.reshape(pooled.shape)
             columns = {n: c[torch.from_numpy(held)].to(device) for n, c in columns.items()}
         work = Chunk.of(columns, batches.Padded(pooled, padded.counts), device)
         anchor = to_device(plan.model.params, device)
@@ -224,49 +222,3 @@ class Vectorised:
             torch.from_numpy(sizes.astype(np.float64)),
             {name: total.cpu().double() / seen for name, total in totals.items()},
         )
-
-
-def _join(parts: Sequence[Updates]) -> Updates:
-    return Updates(
-        parts[0].round,
-        [c for part in parts for c in part.clients],
-        {n: torch.cat([part.delta[n] for part in parts]) for n in parts[0].delta},
-        torch.cat([part.weights for part in parts]),
-        {n: torch.cat([part.metrics[n] for part in parts]) for n in parts[0].metrics},
-    )
-
-
-def _scatter(
-    stacks: Updates | None, updates: Updates, rows: chunks.Places, clients: list[str]
-) -> Updates:
-    """Puts ``updates`` into the ``rows`` of ``stacks``, which are made when there are none."""
-
-    def room(stack: Tensor) -> Tensor:
-        return stack.new_zeros(len(clients), *stack.shape[1:])
-
-    if stacks is None:
-        stacks = Updates(
-            updates.round,
-            clients,
-            {n: room(s) for n, s in updates.delta.items()},
-            room(updates.weights),
-            {n: room(s) for n, s in updates.metrics.items()},
-        )
-    index = torch.from_numpy(rows)
-    for name, stack in updates.delta.items():
-        stacks.delta[name].index_copy_(0, index.to(stack.device), stack)
-    stacks.weights.index_copy_(0, index, updates.weights)
-    for name, stack in updates.metrics.items():
-        stacks.metrics[name].index_copy_(0, index, stack)
-    return stacks
-
-
-def _rows(stacks: Updates, start: int, stop: int) -> Updates:
-    """Views of consecutive rows."""
-    return Updates(
-        stacks.round,
-        stacks.clients[start:stop],
-        {n: s[start:stop] for n, s in stacks.delta.items()},
-        stacks.weights[start:stop],
-        {n: s[start:stop] for n, s in stacks.metrics.items()},
-    )
