@@ -112,6 +112,26 @@ class Database:
         return self._engine
 
 
+def locate(location: str) -> tuple[Path, Path]:
+    """The folder and the database file of a store: a folder, or ``sqlite:///path/to.db``.
+
+    Raises:
+        InputError: another kind of database.
+    """
+    file = location.removeprefix("sqlite:///")
+    if file and file != location:
+        return Path(file).parent, Path(file)
+    if "://" not in location:
+        return Path(location), Path(location) / "umbel.db"
+    kind = location.partition(":")[0].partition("+")[0]
+    name = "PostgreSQL" if kind.startswith("postgres") else f"a store at '{kind}://'"
+    raise InputError(
+        f"{name} is not supported by this version",
+        where=f"store = {location.rpartition('@')[2]!r}",  # what precedes @ is a password
+        fix="use a folder, or sqlite:///path/to.db",
+    )
+
+
 def _prepare(raw: sa.engine.interfaces.DBAPIConnection) -> None:
     cursor = raw.cursor()
     try:

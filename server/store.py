@@ -30,7 +30,7 @@ from umbel.core.errors import InputError, RunError
 from umbel.core.versions import versions
 from umbel.server import checkpoints, entries, journal, locks
 from umbel.server.checkpoints import Checkpoint
-from umbel.server.database import Database, translated
+from umbel.server.database import Database, locate, translated
 from umbel.server.entries import Ended, RunEntry
 
 if TYPE_CHECKING:  # torch and pydantic are loaded only where they are used
@@ -49,22 +49,8 @@ class RunStore:
     """
 
     def __init__(self, location: str | Path) -> None:
-        text = str(location)
-        if text.startswith("sqlite:///") and len(text) > len("sqlite:///"):
-            path = Path(text.removeprefix("sqlite:///"))
-            self.folder = path.parent
-        elif "://" in text:
-            kind = text.partition(":")[0].partition("+")[0]
-            known = "PostgreSQL" if kind.startswith("postgres") else f"a store at '{kind}://'"
-            raise InputError(
-                f"{known} is not supported by this version",
-                where=f"store = {text.rpartition('@')[2]!r}",  # what precedes @ is a password
-                fix="use a folder, or sqlite:///path/to.db",
-            )
-        else:
-            self.folder = Path(text or ".")
-            path = self.folder / "umbel.db"
-        self.location = text
+        self.location = str(location)
+        self.folder, path = locate(self.location)
         self._database = Database(path)
         self._locks: dict[str, IO[bytes]] = {}
         self._held: dict[str, tuple[builtins.list[RoundRecord], RoundResult]] = {}
