@@ -168,7 +168,7 @@ class Loopback:
         if made and made[0].status == "finished":
             return made[0].run_id
         why = made[0].error if made else f"Flower says {status}; no run was entered in the store"
-        raise RunError(f"the run did not finish: {why}", where=self._tail("superlink"))
+        raise RunError(f"the run did not finish: {why}", where=self._tail(FOLLOW))
 
     def store_path(self, run: RunFile) -> Path:
         """Where the server keeps its records."""
@@ -253,7 +253,7 @@ class Loopback:
     def _wait_for(self, port: int) -> None:
         until = time.monotonic() + self._patience
         while time.monotonic() < until:
-            self._check_alive()
+            self._check("superlink")
             try:
                 socket.create_connection((HOST, port), timeout=1).close()
             except OSError:
@@ -264,10 +264,9 @@ class Loopback:
             f"the SuperLink did not come up in {self._patience:g} s", where=self._tail("superlink")
         )
 
-    def _check_alive(self) -> None:
-        for name, process in self._processes.items():
-            if name != FOLLOW and (code := process.poll()) is not None:
-                raise RunError(f"'{name}' ended with status {code}", where=self._tail(name))
+    def _check(self, name: str) -> None:
+        if (code := self._processes[name].poll()) is not None:
+            raise RunError(f"'{name}' ended with status {code}", where=self._tail(name))
 
     def _tail(self, name: str) -> str:
         lines = self.log(name).strip().splitlines()[-5:]
@@ -295,7 +294,7 @@ class Loopback:
                     shown += 1
             if ended:
                 break
-            self._check_alive()
+            self._check("superlink")  # a site may be lost: the round names it and goes on
             if time.monotonic() > until:
                 raise RunError(
                     f"the run did not end in {timeout:g} s", where=self._tail("superlink")

@@ -57,18 +57,16 @@ def serve(
     params, buffers = model_of(module)
     store = RunStore(run.run.store)
     if resume is None:
-        run_id = store.create(run, engine=engine, text=text)
-        model = Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers))
-        start = Start(0, model, strategy.init(model.params))
+        run_id, saved = store.create(run, engine=engine, text=text), None
     else:
         run_id = store.get(resume).run_id
         store.reopen(run_id)
         saved = store.latest(run_id)
-        if saved is None:
-            model = Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers))
-            start = Start(0, model, strategy.init(model.params))
-        else:
-            start = Start(saved.round, saved.model, saved.state)
+    if saved is None:
+        model = Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers))
+        start = Start(0, model, strategy.init(model.params))
+    else:
+        start = Start(saved.round, saved.model, saved.state)
     on_start(run_id)
     status: Ended = "failed"
     error = ""

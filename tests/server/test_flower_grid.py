@@ -348,7 +348,7 @@ def test_buffers_travel_as_parameters_do(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_server_app_makes_the_model_of_the_simulation_and_resumes(tmp_path: Path) -> None:
     def serve(rounds: int, store: str, resume: str = "") -> str:
         run = run_file(run={"rounds": rounds, "store": str(tmp_path / store)})
-        config = {
+        config: dict[str, Any] = {
             "run": run.model_dump_json(),
             "sites": CLIENTS,
             "wait": 10,
