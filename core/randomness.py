@@ -1,8 +1,8 @@
 """Every draw is a function of (seed, purpose, round, client): there is no global generator.
 
 A draw is a hash of its coordinates, so a whole cohort is drawn in one vectorised call, in any
-order, on any machine, with the same result. These numbers shuffle, sample and initialise: they are *not*
-noise that protects anybody (see privacy/).
+order, on any machine, with the same result. These numbers shuffle, sample and initialise: they are
+*not* noise that protects anybody (see privacy/).
 
 Source: the mixer is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
 pseudorandom number generators", OOPSLA), in counter mode.

@@ -66,5 +66,7 @@ def require_rows(deal: Deal, clients: int, each: int, what: str = "minimum") -> 
             f"{clients} clients with {what} {each} need {clients * each} examples; there are "
             f"{len(deal)} training examples",
             where="[data.split]",
-            fix=f"clients ≤ {len(deal) // each}" + (f", or a lower {what}" if each > 1 else ""),
+            fix=f"clients ≤ {len(deal) // each}, or a lower {what}"
+            if len(deal) // each
+            else f"a lower {what}",
         )

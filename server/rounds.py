@@ -41,7 +41,7 @@ def rounds(
 
     Raises:
         InputError: the cohort is larger than the federation.
-        RunError: three rounds in a row without one valid update.
+        RunError: three rounds in a row, or all, without one valid update.
     """
     clients = federation.clients()
     wanted = cohort_size(run.strategy, len(clients))
@@ -81,8 +81,8 @@ def rounds(
         )
         yield RoundResult(record, model, state)
         empty = 0 if cohort.participants else empty + 1
-        if empty == EMPTY_ROUNDS:
-            raise nobody(number, cohort.failures)
+        if empty == min(EMPTY_ROUNDS, run.run.rounds):
+            raise nobody(number, empty, cohort.failures)
 
 
 @dataclass
@@ -174,11 +174,11 @@ def is_finite(model: Model) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors if t.dtype.is_floating_point)
 
 
-def nobody(number: int, failures: Sequence[Failure]) -> RunError:
+def nobody(number: int, empty: int, failures: Sequence[Failure]) -> RunError:
     """The error of a run in which no client delivers."""
     first = f"; client '{failures[0].client}': {failures[0].reason}" if failures else ""
     return RunError(
-        f"no valid update in {EMPTY_ROUNDS} rounds in a row{first}",
+        f"no valid update in {empty} round(s) in a row{first}",
         where=f"round {number}",
         fix="a diverging model needs a smaller [client] lr; else mend what the clients report",
     )

@@ -187,7 +187,9 @@ def test_three_rounds_without_anybody_end_the_run_with_the_reason() -> None:
         Start(0, start(), {}),
         lambda r, m: Scores({}, {}),
     )
-    with pytest.raises(RunError, match="no valid update in 3 rounds in a row; client 'c0': disk"):
+    with pytest.raises(
+        RunError, match=r"no valid update in 3 round.s. in a row; client 'c0': disk"
+    ):
         seen.extend(result.record for result in loop)
     assert [r.round for r in seen] == [1, 2, 3]
 

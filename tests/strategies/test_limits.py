@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from umbel.core.errors import InputError
+from umbel.core.run_file import Strategy as Section
 from umbel.core.trees import Tree
+from umbel.strategies.build import build_strategy
 from umbel.strategies.fedadagrad import fedadagrad
 from umbel.strategies.fedadam import fedadam
 from umbel.strategies.fedavg import fedavg
@@ -89,3 +92,9 @@ def test_adaptive_strategies_are_algorithm_2() -> None:
 def test_fedavgm_is_worked_out_by_hand() -> None:
     # v = 0.5 v + d; x = x + 2 v, first coordinate: v = 0.5, 0.5, -0.75
     assert run(fedavgm(server_lr=2.0, momentum=0.5))[0] == pytest.approx(1 + 2 * (0.5 + 0.5 - 0.75))
+
+
+def test_a_parameter_of_another_strategy_is_refused_by_name() -> None:
+    section = Section.model_validate({"name": "fedavg", "mu": 0.1})
+    with pytest.raises(InputError, match="'mu' is a parameter of fedprox, not of fedavg"):
+        build_strategy(section)
