@@ -29,7 +29,8 @@ def flower(
     """
     announce("starting Flower's simulation: some ten seconds until the first round")
     from umbel.client.flower import app
-    from umbel.server.flower import GridFederation, simulation
+    from umbel.server.flower import simulation
+    from umbel.server.flower_grid import GridFederation
 
     if run.data.path is not None:  # workers need not share this process's working directory
         section = run.data.model_copy(update={"path": str(Path(run.data.path).absolute())})

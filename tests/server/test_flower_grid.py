@@ -20,8 +20,8 @@ from umbel.core.messages import MANIFEST, MODEL, TRAIN
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates, pack
 from umbel.core.run_file import RunFile, resolve
 from umbel.core.trees import Model
-from umbel.server.flower import GridFederation
 from umbel.server.flower import app as server_app
+from umbel.server.flower_grid import GridFederation
 from umbel.server.store import RunStore
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.prepare import Prepared, prepare
