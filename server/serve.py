@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
-from umbel.core.errors import UmbelError
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, map_tree
 from umbel.datasets.federated import Info
-from umbel.server.entries import Ended
+from umbel.server.conduct import conduct
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
-from umbel.server.rounds import Start, rounds
 from umbel.server.store import RunStore
 from umbel.strategies.build import build_strategy
 from umbel.tasks.build import build_task, initial_module, model_of
@@ -57,39 +54,21 @@ def serve(
     params, buffers = model_of(module)
     store = RunStore(run.run.store)
     if resume is None:
-        run_id, saved = store.create(run, engine=engine, text=text), None
+        run_id = store.create(run, engine=engine, text=text)
     else:
         run_id = store.get(resume).run_id
         store.reopen(run_id)
-        saved = store.latest(run_id)
-    if saved is None:
-        model = Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers))
-        start = Start(0, model, strategy.init(model.params))
-    else:
-        start = Start(saved.round, saved.model, saved.state)
     on_start(run_id)
-    status: Ended = "failed"
-    error = ""
-    try:
-        score = evaluation(run, federation, task, module, None, "cpu")
-        last = time.monotonic()
-        for result in rounds(run, strategy, federation, start, score):
-            now = time.monotonic()
-            final = result.record.round == run.run.rounds
-            due = final or now - last >= run.run.checkpoint_seconds
-            store.commit(run_id, result, checkpoint=due)
-            last = now if due else last
-            on_round(result.record)
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    except UmbelError as problem:
-        error = str(problem)
-        raise
-    except BaseException as problem:
-        error = f"{type(problem).__name__}: {problem}"
-        raise
-    finally:
-        store.finish(run_id, status, error=error)
+    status = conduct(
+        store,
+        run_id,
+        run,
+        strategy,
+        federation,
+        Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers)),
+        evaluation(run, federation, task, module, None, "cpu"),
+        on_round,
+    )
+    if status == "interrupted":
+        raise KeyboardInterrupt
     return run_id

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from umbel.core import registry
-from umbel.core.errors import InputError, UmbelError
+from umbel.core.errors import InputError
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.core.versions import versions
-from umbel.server.entries import Ended
+from umbel.server.conduct import conduct
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
-from umbel.server.rounds import Start, rounds
 from umbel.server.store import RunStore
-from umbel.simulations.prepare import Prepared, plan, prepare
+from umbel.simulations.prepare import plan, prepare
 
 
 @dataclass(frozen=True)
@@ -93,35 +92,34 @@ def simulate(
     make_engine = registry.find("engines", engine, "--engine")
     prepared = prepare(run)
     store = RunStore(run.run.store)
-    if resume is None:
-        run_id = store.create(run, engine=engine, text=text)
-    else:
-        run_id = store.get(resume).run_id
-        _same_run(run, stored_run(run.run.store, run_id), run_id)
-        if note := store.reopen(run_id, run):
-            announce(note)
-        _same_versions(store.get(run_id).versions, announce)
-    status: Ended = "failed"
-    error = ""
-    federation: Federation | None = None
+    if resume is not None:
+        resume = store.get(resume).run_id
+        _same_run(run, stored_run(run.run.store, resume), resume)
+    federation: Federation = make_engine(
+        run, prepared.data, prepared.task, prepared.strategy.client, announce
+    )
     try:
-        federation = make_engine(
-            run, prepared.data, prepared.task, prepared.strategy.client, announce
+        if resume is None:
+            run_id = store.create(run, engine=engine, text=text)
+        else:
+            run_id = resume
+            if note := store.reopen(run_id, run):
+                announce(note)
+            _same_versions(store.get(run_id).versions, announce)
+        status = conduct(
+            store,
+            run_id,
+            run,
+            prepared.strategy,
+            federation,
+            prepared.model(),
+            evaluation(
+                run, federation, prepared.task, prepared.module, prepared.data.test, device="cpu"
+            ),
+            lambda record: on_round(record, run.run.rounds),
         )
-        _go(prepared, federation, store, run_id, on_round)
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-    except UmbelError as problem:
-        error = str(problem)
-        raise
-    except BaseException as problem:
-        error = f"{type(problem).__name__}: {problem}"
-        raise
     finally:
-        if federation is not None:
-            federation.close()
-        store.finish(run_id, status, error=error)
+        federation.close()
     outcome = _outcome(store, run_id, status, time.monotonic() - began)
     store.close()
     return outcome
@@ -139,31 +137,6 @@ def check(run: RunFile) -> dict[str, Any]:
 def stored_run(store: str, run_id: str) -> RunFile:
     """The configuration of a run in ``store``."""
     return RunStore(store).get(run_id).run
-
-
-def _go(
-    prepared: Prepared,
-    federation: Federation,
-    store: RunStore,
-    run_id: str,
-    on_round: Callable[[RoundRecord, int], None],
-) -> None:
-    run, data = prepared.run, prepared.data
-    saved = store.latest(run_id)
-    if saved is None:
-        model = prepared.model()
-        start = Start(0, model, prepared.strategy.init(model.params))
-    else:
-        start = Start(saved.round, saved.model, saved.state)
-    score = evaluation(run, federation, prepared.task, prepared.module, data.test, "cpu")
-    last = time.monotonic()
-    for result in rounds(run, prepared.strategy, federation, start, score):
-        now = time.monotonic()
-        final = result.record.round == run.run.rounds
-        due = final or now - last >= run.run.checkpoint_seconds
-        store.commit(run_id, result, checkpoint=due)
-        last = now if due else last
-        on_round(result.record, run.run.rounds)
 
 
 def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:

@@ -1,0 +1,73 @@
+"""From the first round to the last, every one committed: what a simulation and a server share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from umbel.core.errors import UmbelError
+from umbel.core.payloads import Federation
+from umbel.core.run_file import RunFile
+from umbel.core.trees import Model
+from umbel.server.entries import Ended
+from umbel.server.records import RoundRecord
+from umbel.server.rounds import Evaluate, Start, rounds
+from umbel.server.store import RunStore
+from umbel.strategies.parts import Strategy
+
+
+def conduct(
+    store: RunStore,
+    run_id: str,
+    run: RunFile,
+    strategy: Strategy,
+    federation: Federation,
+    model: Model,
+    evaluate: Evaluate,
+    on_round: Callable[[RoundRecord], None],
+) -> Ended:
+    """Runs what is left of a run, and ends it in the store, however it ends.
+
+    Args:
+        store: holds ``run_id``, created or reopened by the caller.
+        run_id: the run.
+        run: its configuration.
+        strategy: what it names.
+        federation: where the clients live. It is not closed here.
+        model: the initial global model, for a run without a committed round.
+        evaluate: (round, model) -> scores.
+        on_round: called after each round.
+
+    Returns:
+        ``finished``, or ``interrupted`` by Ctrl-C.
+    Raises:
+        UmbelError: what ended the run; its committed rounds stay in the store.
+    """
+    status: Ended = "failed"
+    error = ""
+    try:
+        saved = store.latest(run_id)
+        if saved is None:
+            start = Start(0, model, strategy.init(model.params))
+        else:
+            start = Start(saved.round, saved.model, saved.state)
+        last = time.monotonic()
+        for result in rounds(run, strategy, federation, start, evaluate):
+            now = time.monotonic()
+            final = result.record.round == run.run.rounds
+            due = final or now - last >= run.run.checkpoint_seconds
+            store.commit(run_id, result, checkpoint=due)
+            last = now if due else last
+            on_round(result.record)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+    except UmbelError as problem:
+        error = str(problem)
+        raise
+    except BaseException as problem:
+        error = f"{type(problem).__name__}: {problem}"
+        raise
+    finally:
+        store.finish(run_id, status, error=error)
+    return status
