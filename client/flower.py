@@ -1,9 +1,9 @@
-"""Umbel's clients as a Flower ``ClientApp``: the only module of the client that imports flwr.
+"""Umbel's clients as a Flower ``ClientApp``: the only module of the client to import flwr.
 
 The same app runs at a site and in Flower's own simulation. A site's operator says which client it
-is and where its data lie (``--node-config 'client="a" data="/srv/a"'``); in a simulation a node is
-the client at the place of its partition. No exception leaves this module: Flower would send its
-text to the server.
+is and where its data lie (``--node-config 'client="a" data="/srv/a"'``; without ``data``, where the
+reader looks by itself); in a simulation a node is the client at the place of its partition. No
+exception leaves this module: Flower would send its text to the server.
 """
 
 from __future__ import annotations
@@ -152,8 +152,10 @@ def _stage(code: str) -> Iterator[None]:
 
 def _site(run: RunFile, context: Context, asked: str | None = None) -> Site:
     """The client that lives on this node; ``asked`` must be its name."""
-    path = context.node_config.get("data")
-    section = run.data if path is None else run.data.model_copy(update={"path": str(path)})
+    section = run.data
+    if "client" in context.node_config:  # a site never opens a path that a server names
+        path = context.node_config.get("data")
+        section = section.model_copy(update={"path": None if path is None else str(path)})
     with _stage("data"):
         data = _load(section.model_dump_json(), run.run.seed)
     with _stage("client"):

@@ -43,7 +43,7 @@ class Request(NamedTuple):
     """What a client is asked.
 
     Args:
-        run: the run file; a site replaces ``[data] path`` by its own.
+        run: the run file; a site puts its own ``[data] path`` in the place of the server's.
         round: 0 for the greeting.
         client: whom it is for; empty in the greeting.
     """

@@ -69,7 +69,7 @@ class Site(NamedTuple):
 
     Args:
         client: its name.
-        data: where its data lie; ``None``: where the run file says.
+        data: where its data lie; ``None``: where the reader looks by itself (``UMBEL_DATA``).
     """
 
     client: str

@@ -279,6 +279,18 @@ def test_an_exception_at_a_site_stays_there(caplog: pytest.LogCaptureFixture) ->
         assert "anna" not in str(reply)
 
 
+def test_a_site_never_opens_a_path_that_the_server_names(tmp_path: Path) -> None:
+    import numpy as np
+
+    np.savez(tmp_path / "d.npz", x=np.zeros((9, 3)), y=np.arange(9) % 2)
+    split = {"kind": "iid", "clients": 1}
+    run = run_file(data={"name": "npz", "path": str(tmp_path / "d.npz"), "split": split})
+    own = LocalGrid(client_app, [{"client": "a", "data": str(tmp_path / "d.npz")}])
+    assert GridFederation(own, run, sites=1).clients() == ["a"]
+    with pytest.raises(RunError, match="cannot read its data"):
+        GridFederation(LocalGrid(client_app, [{"client": "a"}]), run, sites=1)
+
+
 def test_a_model_that_is_not_the_tasks_is_refused_by_the_client() -> None:
     run = run_file()
     prepared = prepare(run)
