@@ -1,4 +1,4 @@
-"""Finds out, on real data, whether a model can be trained many clients at a time."""
+"""Finds out, on real data, which kernels can train a model: by their gradients."""
 
 from __future__ import annotations
 
@@ -15,82 +15,117 @@ from umbel.client.training import ClientRuntime
 from umbel.core import randomness
 from umbel.core.errors import UmbelError
 from umbel.core.trees import Tree, norm, subtract
+from umbel.simulations.kernels.build import KERNELS
+from umbel.simulations.kernels.kernel import Kernel, Obstacle, Subject
+from umbel.simulations.kernels.lean import Lean
+from umbel.simulations.kernels.stepping import Gradients
 from umbel.simulations.residents import reason
-from umbel.simulations.stacked import gradients
 from umbel.strategies.parts import Local
 from umbel.tasks.evaluate import per_example
 from umbel.tasks.task import Batch
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 """Relative difference of two gradients beyond which they are not the same computation."""
 
 
-class Verdict(NamedTuple):
-    """What the trial found.
+class Examination(NamedTuple):
+    """What one batch in a plain loop shows of a model.
 
     Args:
-        obstacle: why the model cannot be vectorised; ``None`` where it can.
+        obstacle: why no stack of clients can be trained; ``None`` where nothing stands against it.
+        draws: whether the model draws random numbers in training.
         activation_bytes: what the forward pass of one example keeps for the backward pass.
+        batch: name -> (B, …), the examples.
+        gradients: of the batch, and of all its examples but the last.
     """
 
     obstacle: str | None
+    draws: bool
     activation_bytes: int
+    batch: Batch
+    gradients: tuple[Tree, Tree]
 
 
-def attempt(runtime: ClientRuntime, module: nn.Module, batch: Batch) -> Verdict:
-    """Compares the gradient of one batch in a plain loop with the vectorised one.
+def examine(runtime: ClientRuntime, module: nn.Module, batch: Batch) -> Examination:
+    """Computes the gradients that every kernel must reproduce.
+
+    Args:
+        runtime: of the federation.
+        module: holds the initial model; not changed.
+        batch: name -> (B, …), real examples of one client.
+    """
+    size = len(next(iter(batch.values())))
+    head = {name: column[: max(size - 1, 1)] for name, column in batch.items()}
+    plain, saved, changed, draws = _plain(runtime, module, batch)
+    obstacle = None
+    if runtime.run.client.precision == "float16":
+        obstacle = "float16 needs a scale of the loss for each client"
+    elif size > 1 and not runtime.task.decomposable:
+        obstacle = "the loss of a batch is not a mean over its examples"
+    elif changed is not None:
+        obstacle = f"its buffer '{changed}' changes in training"
+    elif draws:
+        obstacle = "it draws random numbers in training"
+    # With a scale of its own, or from other draws, the second gradient would say nothing.
+    second = plain if obstacle else _plain(runtime, module, head)[0]
+    return Examination(obstacle, draws, saved // size, batch, (plain, second))
+
+
+def make(name: str, subject: Subject, examination: Examination) -> Kernel:
+    """The kernel of this name, if it computes the right gradients.
 
     Two pretended clients get the batch: one as it is, the other with its last example as padding.
     So an example that reaches others through the model (batch statistics) shows as a difference.
 
-    Args:
-        runtime: of the federation.
-        module: holds the global model; not changed.
-        batch: name -> (B, …), real examples of one client.
+    Raises:
+        Obstacle: it cannot train this model.
     """
-    size = len(next(iter(batch.values())))
-    if runtime.run.client.precision == "float16":
-        return Verdict("float16 needs a scale of the loss for each client", 0)
-    if size > 1 and not runtime.task.decomposable:
-        return Verdict("the loss of a batch is not a mean over its examples", 0)
-
-    plain, saved, obstacle = _plain(runtime, module, batch)
-    if obstacle is not None:
-        return Verdict(obstacle, saved // size)
-    counts = [size, max(size - 1, 1)]
-    head = {name: column[: counts[1]] for name, column in batch.items()}
-    expected = [plain, _plain(runtime, module, head)[0]]
-    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    stacks = {name: torch.stack([p, p]) for name, p in params.items()}
-    pair = {name: torch.stack([column, column]) for name, column in batch.items()}
+    if name == "lean":
+        return Lean(subject)
+    if examination.obstacle is not None:
+        raise Obstacle(examination.obstacle)
+    kernel = KERNELS[name](subject)
+    gradients: Gradients = kernel.gradients  # type: ignore[attr-defined]
     try:
-        full, masked = gradients(runtime.task, runtime.rule, copy.deepcopy(module))
-        count = torch.tensor(counts, device=runtime.device)
-        with (
-            devices.autocast(runtime.device, runtime.run.client),
-            warnings.catch_warnings(record=True) as warned,
-        ):
-            warnings.simplefilter("always")
-            found = [full(stacks, params, pair, None)[0], masked(stacks, params, pair, count)[0]]
-    except UmbelError:
+        found = _pair(subject, examination, gradients)
+    except (UmbelError, Obstacle):
         raise
     except Exception as error:  # whatever torch.func does not like about the model
-        return Verdict(reason(error), saved // size)
+        raise Obstacle(reason(error)) from error
+    for row, (gradient, truth) in enumerate(zip(found, examination.gradients, strict=True)):
+        own = {n: g[row] for n, g in gradient.items()}
+        bound = TOLERANCE[subject.runtime.run.client.precision] * norm(truth) + 1e-6
+        if norm(subtract(own, truth)) > bound:
+            why = ("it computes another gradient", "examples of a batch act on each other")
+            raise Obstacle(why[row])
+    return kernel
+
+
+def _pair(subject: Subject, examination: Examination, gradients: Gradients) -> list[Tree]:
+    """The gradients of the two clients, without and with a mask."""
+    runtime = subject.runtime
+    size = len(next(iter(examination.batch.values())))
+    pair = {name: torch.stack([column, column]) for name, column in examination.batch.items()}
+    params = {n: p.detach() for n, p in subject.module.named_parameters() if p.requires_grad}
+    stacks = {name: torch.stack([p, p]) for name, p in params.items()}
+    counts = torch.tensor([size, max(size - 1, 1)], device=runtime.device)
+    with (
+        devices.autocast(runtime.device, runtime.run.client),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always")
+        found = [gradients(stacks, params, pair, n)[0] for n in (None, counts)]
     # Torch then runs that operation client by client, which is no faster than the plain loop.
     texts = (str(w.message) for w in warned)
     if missing := [m for m in (re.search(r"batching rule for ([\w:]+)", t) for t in texts) if m]:
-        return Verdict(f"torch has no batching rule for {missing[0][1]}", saved // size)
-    for row, (gradient, truth) in enumerate(zip(found, expected, strict=True)):
-        own = {name: g[row] for name, g in gradient.items()}
-        bound = TOLERANCE[runtime.run.client.precision] * norm(truth) + 1e-6
-        if norm(subtract(own, truth)) > bound:
-            why = ("torch.func computes another gradient", "examples of a batch act on each other")
-            return Verdict(why[row], saved // size)
-    return Verdict(None, saved // size)
+        raise Obstacle(f"torch has no batching rule for {missing[0][1]}")
+    return list(found)
 
 
-def _plain(runtime: ClientRuntime, module: nn.Module, batch: Batch) -> tuple[Tree, int, str | None]:
-    """The gradient of a batch, the bytes it kept for the backward pass, and any obstacle."""
+def _plain(
+    runtime: ClientRuntime, module: nn.Module, batch: Batch
+) -> tuple[Tree, int, str | None, bool]:
+    """The gradient of a batch, the bytes it kept, a buffer that changed, whether it drew."""
     module = copy.deepcopy(module).train()
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     anchor = {name: p.detach().clone() for name, p in params.items()}
@@ -115,12 +150,7 @@ def _plain(runtime: ClientRuntime, module: nn.Module, batch: Batch) -> tuple[Tre
     detached = {name: p.detach() for name, p in params.items()}
     gradient = runtime.rule.gradient(dict(zip(params, found, strict=True)), Local(detached, anchor))
     changed = [n for n, b in module.named_buffers() if not torch.equal(b, buffers[n])]
-    obstacle = None
-    if changed:
-        obstacle = f"its buffer '{changed[0]}' changes in training"
-    elif drew:
-        obstacle = "it draws random numbers in training"
-    return gradient, sum(kept.values()), obstacle
+    return gradient, sum(kept.values()), changed[0] if changed else None, drew
 
 
 def _generator_state(device: torch.device) -> Tensor:

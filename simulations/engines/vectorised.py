@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from umbel.client import batches, optimizers
-from umbel.client.training import load
+from umbel.client import optimizers
 from umbel.core.errors import UmbelError
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Federation, TrainPlan, Updates
 from umbel.core.run_file import RunFile
-from umbel.core.trees import Model, to_device
+from umbel.core.trees import Model
 from umbel.datasets.federated import FederatedData
 from umbel.simulations import chunks, stacks, trial
+from umbel.simulations.choose import choose
+from umbel.simulations.kernels.kernel import Chunk, Kernel, Obstacle
+from umbel.simulations.plan import Choice, EnginePlan
 from umbel.simulations.residents import Residents, reason
-from umbel.simulations.stacked import Chunk, Kernel
+from umbel.simulations.trainer import Trainer
 from umbel.strategies.parts import ClientRule
-from umbel.tasks.evaluate import tensor_of
 from umbel.tasks.task import Task
 
 TRIAL = 32
@@ -33,11 +34,12 @@ def vectorised(
     announce: Callable[[str], None] = lambda message: None,
     memory: int | None = None,
     largest_chunk: int | None = None,
+    plan: str | None = None,
 ) -> Federation:
     """Many clients in one computation; the same model as sequential, to float tolerance.
 
-    A model that cannot be trained so (found by a trial on the largest client's data) is announced
-    once and trained one client after another.
+    The kernel that trains them is found by a trial on the largest clients' data. A model of which
+    only one can be trained at a time is announced once.
 
     Args:
         run: the run file.
@@ -45,13 +47,26 @@ def vectorised(
         task: what is learned.
         rule: what clients do besides.
         announce: told what a user should know.
-        memory: bytes that the clients of one chunk may take; ``None``: a share of what is free.
+        memory: bytes that the clients of one chunk may take; ``None``: a share of what is there.
         largest_chunk: the most clients in one computation; ``None``: as many as memory allows.
+        plan: the kernel and its chunk, such as ``grouped:chunk=5``; ``None``: the fastest. A run
+            ends with the same bits only under the same plan.
 
     Raises:
-        InputError: the device or precision is not here, or the model has nothing to train.
+        InputError: the device or precision is not here, the model has nothing to train, or the plan
+            is not one.
     """
-    return Vectorised(Residents(run, data, task, rule), announce, memory, largest_chunk)
+    pinned = None if plan is None else EnginePlan.parse(plan)
+    return Vectorised(Residents(run, data, task, rule), announce, memory, largest_chunk, pinned)
+
+
+class _Found(NamedTuple):
+    """What the first round found out; no kernel: each client goes through the runtime."""
+
+    kernel: Kernel | None
+    choice: Choice | None
+    draws: bool
+    footprint: chunks.Footprint
 
 
 class Vectorised:
@@ -63,20 +78,16 @@ class Vectorised:
         announce: Callable[[str], None],
         memory: int | None,
         largest_chunk: int | None,
+        pinned: EnginePlan | None,
     ) -> None:
         self._residents = residents
         self._runtime = residents.runtime
         self._announce = announce
         self._memory = chunks.memory_bound(self._runtime.device) if memory is None else memory
         self._largest = largest_chunk
-        self._module = self._runtime.module()
-        self._kernel = Kernel(self._runtime, self._module)
-        self._verdict: trial.Verdict | None = None
-        self._columns = {n: tensor_of(c) for n, c in residents.data.train.items()}
-        if self._runtime.device.type != "cpu":
-            held = sum(c.nbytes for c in self._columns.values())
-            if held <= self._memory // 2:
-                self._columns = to_device(self._columns, self._runtime.device)
+        self._pinned = pinned
+        self._trainer = Trainer(residents, self._memory)
+        self._found: _Found | None = None
 
     def clients(self) -> Sequence[str]:
         """The names of the clients."""
@@ -93,74 +104,98 @@ class Vectorised:
     def close(self) -> None:
         """Nothing to end."""
 
+    def plan_record(self) -> dict[str, object]:
+        """The plan and the trial's figures, as plain values; empty before the first round."""
+        if self._found is None or self._found.choice is None:
+            return {}
+        return self._found.choice.record()
+
     def train(self, plan: TrainPlan) -> Iterator[Updates | Failure]:
         """Trains the plan's clients in its order, in stacks; reserves one at a time."""
-        verdict = self._try()
-        wanted = plan.clients[: plan.wanted] if verdict.obstacle is None else []
-        if wanted:
-            load(self._module, plan.model)
+        if self._found is None and plan.clients:
+            self._found = self._find(plan)
+        wanted = plan.clients[: plan.wanted] if self._found and self._found.kernel else []
+        if self._found and wanted:
             places = np.array([self._residents.place(c) for c in wanted])
-            footprint = self._footprint(plan.model, verdict.activation_bytes)
-            for span in chunks.spans(len(wanted), footprint, self._memory):
-                yield from self._span(plan, wanted[span], places[span], footprint)
+            for span in chunks.spans(len(wanted), self._found.footprint, self._memory):
+                yield from self._span(plan, wanted[span], places[span], self._found)
         for client in plan.clients[len(wanted) :]:
             yield self._residents.train(plan.round, client, plan.model)
 
-    def _try(self) -> trial.Verdict:
-        """The verdict on this model, found at the first round.
-
-        From the initial model and the largest client, so that it is the same in a resumed run.
-        """
-        if self._verdict is not None:
-            return self._verdict
-        holdings = self._residents.data.train_holdings
-        rows = holdings.of_client(int(holdings.sizes().argmax()))
+    def _find(self, plan: TrainPlan) -> _Found:
+        """The kernel for this model, from the initial model and the largest clients."""
+        sizes = self._residents.data.train_holdings.sizes()
+        largest = int(sizes.argmax())
         size = self._runtime.run.client.batch_size
-        rows = rows[: TRIAL if size == "full" else min(size, TRIAL)]
-        batch = {
-            name: column[torch.from_numpy(rows.astype(np.int64))].to(self._runtime.device)
-            for name, column in self._columns.items()
-        }
+        most = TRIAL if size == "full" else min(size, TRIAL)
         try:
-            self._verdict = trial.attempt(self._runtime, self._runtime.module(), batch)
+            examination = trial.examine(
+                self._runtime, self._runtime.module(), self._trainer.examples(largest, most)
+            )
         except UmbelError:
             raise
         except Exception as error:  # it fails in a plain loop as well: each client will say so
-            self._verdict = trial.Verdict(reason(error), 0)
-        if self._verdict.obstacle is not None:
-            self._announce(
-                f"cannot vectorise model: {self._verdict.obstacle}; "
-                "running one client after another"
-            )
-        return self._verdict
+            self._say(reason(error))
+            return _Found(None, None, False, self._footprint(plan.model, 0))
+        footprint = self._footprint(plan.model, examination.activation_bytes)
+        width = int(sizes[largest]) if size == "full" else min(int(sizes[largest]), size)
+        room = max(1, self._memory // footprint.client(width))
+        together = min(room, len(plan.clients), plan.wanted, self._largest or room)
+
+        def sample(clients: int, steps: int) -> Chunk:
+            places = np.argsort(-sizes, kind="stable")[:clients]
+            return self._trainer.chunk(1, places, examination.draws, steps)
+
+        subject = self._trainer.subject(examination.draws)
+        try:
+            choice, kernel = choose(subject, examination, sample, together, self._pinned)
+        except Obstacle as obstacle:
+            self._say(str(obstacle))
+            return _Found(None, None, False, footprint)
+        if choice.plan.kernel == "lean" and (why := examination.obstacle or choice.alone()):
+            self._say(why)
+        return _Found(kernel, choice, examination.draws, footprint)
+
+    def _say(self, why: str) -> None:
+        self._announce(f"cannot vectorise model: {why}; running one client after another")
 
     def _footprint(self, model: Model, activation_bytes: int) -> chunks.Footprint:
-        row = sum(c[:1].nbytes for c in self._columns.values())
+        row = sum(c[:1].nbytes for c in self._trainer.columns.values())
         copies = 3 + optimizers.slots(self._runtime.run.client)
         return chunks.Footprint(model.bytes(), copies, 2 * row + 2 * activation_bytes)
 
     def _span(
-        self, plan: TrainPlan, clients: Sequence[str], places: chunks.Places, fp: chunks.Footprint
+        self, plan: TrainPlan, clients: Sequence[str], places: chunks.Places, found: _Found
     ) -> Iterator[Updates | Failure]:
         """Trains consecutive clients of the plan, and yields them in its order."""
-        sizes = self._residents.data.train_holdings.sizes()[places]
+        assert found.kernel is not None
+        assert found.choice is not None
         size = self._runtime.run.client.batch_size
-        batch_size = None if size == "full" else size
-        dealt = chunks.chunks(sizes, batch_size, fp, self._memory, self._largest)
+        bounds = [n for n in (self._largest, found.choice.plan.chunk) if n is not None]
+        dealt = chunks.chunks(
+            self._residents.data.train_holdings.sizes()[places],
+            None if size == "full" else size,
+            found.footprint,
+            self._memory,
+            min(bounds, default=None),
+        )
         whole: Updates | None = None
         failures: dict[int, Failure] = {}
         for chunk in dealt:
-            names = [clients[i] for i in chunk]
             try:
-                updates = self._chunk(plan, names, places[chunk], sizes[chunk])
-                done: Sequence[int] = range(len(names))
+                updates = self._trainer.train(
+                    found.kernel, plan.round, places[chunk], plan.model, found.draws
+                )
+                done: Sequence[int] = range(len(chunk))
             except UmbelError:
                 raise
             except Exception as error:
-                self._announce(
-                    f"round {plan.round}: {len(names)} clients failed in one computation "
-                    f"({reason(error)}); running them one after another"
-                )
+                if found.choice.plan.kernel != "lean":
+                    self._announce(
+                        f"round {plan.round}: {len(chunk)} clients failed in one computation "
+                        f"({reason(error)}); running them one after another"
+                    )
+                names = [clients[i] for i in chunk]
                 one_by_one = [self._residents.train(plan.round, c, plan.model) for c in names]
                 failures |= {
                     int(chunk[i]): f for i, f in enumerate(one_by_one) if isinstance(f, Failure)
@@ -181,44 +216,3 @@ class Vectorised:
             if stop in failures:
                 yield failures[stop]
             start = stop + 1
-
-    def _chunk(
-        self, plan: TrainPlan, clients: list[str], places: chunks.Places, sizes: chunks.Places
-    ) -> Updates:
-        """Trains some clients in one computation."""
-        run, device = self._runtime.run, self._runtime.device
-        padded = batches.schedules(
-            run.run.seed,
-            plan.round,
-            clients,
-            sizes,
-            run.client.batch_size,
-            *run.round_length,
-        )
-        holdings = self._residents.data.train_holdings
-        columns = self._columns
-        offsets = holdings.offsets[places]
-        pooled = holdings.index[padded.rows + offsets[:, None]].astype(np.int64)
-        if any(c.device.type != device.type for c in columns.values()):
-            # All data did not fit there: only the rows of this chunk go, each once.
-            held, inverse = np.unique(pooled, return_inverse=True)
-            pooled = inverse.reshape(pooled.shape)
-            columns = {n: c[torch.from_numpy(held)].to(device) for n, c in columns.items()}
-        work = Chunk.of(columns, batches.Padded(pooled, padded.counts), device)
-        anchor = to_device(plan.model.params, device)
-        lr = optimizers.learning_rate(run.client, plan.round, run.run.rounds)
-        params, totals = self._kernel.train(anchor, work, lr)
-        for name, stack in params.items():
-            stack.sub_(anchor[name])
-        buffers = {
-            name: torch.zeros_like(b).expand(len(clients), *b.shape)
-            for name, b in plan.model.buffers.items()
-        }
-        seen = torch.from_numpy(padded.counts.sum(0))
-        return Updates(
-            plan.round,
-            clients,
-            {n: s.to(plan.model.params[n].device) for n, s in params.items()} | buffers,
-            torch.from_numpy(sizes.astype(np.float64)),
-            {name: total.cpu().double() / seen for name, total in totals.items()},
-        )

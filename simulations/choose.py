@@ -1,0 +1,142 @@
+"""Picks the kernel: every one that can train the model trains a few clients, the fastest wins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from umbel.core.errors import InputError, UmbelError
+from umbel.core.trees import Tree
+from umbel.simulations import plan_cache, trial
+from umbel.simulations.kernels.build import KERNELS
+from umbel.simulations.kernels.kernel import Chunk, Kernel, Obstacle, Subject
+from umbel.simulations.plan import WHERE, Choice, EnginePlan
+
+STEPS = 2
+"""Steps that a client takes in the trial."""
+
+SECONDS = 0.1
+"""About how long one repetition of a candidate may take: fewer clients than a chunk, if need be."""
+
+CACHED = (5, 10)
+"""Clients whose activations a processor's cache may hold; measured on a small CNN: 2 and 25 take
+1.4 times as long."""
+
+TOGETHER = 8
+"""Clients of a chunk where they are trained one after another anyway: what a failure repeats."""
+
+
+def choose(
+    subject: Subject,
+    examination: trial.Examination,
+    sample: Callable[[int, int], Chunk],
+    most: int,
+    pinned: EnginePlan | None,
+) -> tuple[Choice, Kernel]:
+    """The plan for a model, from a pin, from an earlier run, or from a trial.
+
+    However it was found, the kernel's gradients are compared with the plain ones.
+
+    Args:
+        subject: what is trained.
+        examination: of the model.
+        sample: (clients, steps) -> a chunk of so many, with their first batches of round 1.
+        most: the most clients that a chunk can have, by cohort and memory.
+        pinned: no other is considered.
+
+    Raises:
+        InputError: the pinned plan cannot train this model.
+        Obstacle: not even the lean kernel can.
+    """
+    if pinned is not None:
+        try:
+            return Choice(pinned, "pinned", {}, {}), trial.make(pinned.kernel, subject, examination)
+        except Obstacle as why:
+            raise InputError(
+                f"the plan '{pinned}' cannot train this model: {why}",
+                where=WHERE,
+                fix="leave the plan out, and one is chosen",
+            ) from None
+    key = plan_cache.key(subject, examination.batch, most)
+    if (known := _recall(key)) is not None:
+        try:
+            return known, trial.make(known.plan.kernel, subject, examination)
+        except Obstacle:
+            pass  # the same text, another model: its code has changed
+    choice, kernel = _compare(subject, examination, sample, most)
+    if choice.source == "trial":
+        plan_cache.remember(key, choice.record())
+    return choice, kernel
+
+
+def _compare(
+    subject: Subject, examination: trial.Examination, sample: Callable[[int, int], Chunk], most: int
+) -> tuple[Choice, Kernel]:
+    refused: dict[str, str] = {}
+    made: dict[str, Kernel] = {}
+    for name in KERNELS:
+        try:
+            made[name] = trial.make(name, subject, examination)
+        except Obstacle as why:
+            refused[name] = str(why)
+    if not made:
+        raise Obstacle(refused["lean"])
+    anchor = {n: p.detach() for n, p in subject.module.named_parameters() if p.requires_grad}
+    lr = subject.runtime.run.client.lr
+    lean = EnginePlan("lean", TOGETHER)
+    if list(made) == ["lean"]:
+        return Choice(lean, "trial", {}, refused), made["lean"]
+
+    plans = [lean]
+    if "stacked" in made:
+        plans.append(EnginePlan("stacked"))
+    if "grouped" in made:
+        small = [EnginePlan("grouped", chunk) for chunk in CACHED if chunk < most]
+        whole = EnginePlan("grouped", None)
+        plans += [whole] if subject.runtime.device.type != "cpu" else small or [whole]
+    if "vmap" in made:
+        plans.append(EnginePlan("vmap"))
+    seconds: dict[EnginePlan, float] = {}
+    for plan in plans:
+        clients = min(most, plan.chunk or most)
+        if plan is lean:
+            clients = 1
+        else:
+            clients = max(min(clients, 2), min(clients, int(SECONDS / seconds[lean])))
+        best = min(seconds.values(), default=float("inf"))
+        try:
+            work = sample(clients, STEPS)
+            seconds[plan] = _seconds(made[plan.kernel], anchor, work, lr, best)
+        except UmbelError:
+            raise
+        except Exception:  # a client's data, which that client will answer for; times say nothing
+            return Choice(plans[1], "default", {}, refused), made[plans[1].kernel]
+    fastest = min(seconds, key=lambda plan: seconds[plan])
+    figures = {str(plan): value for plan, value in seconds.items()}
+    return Choice(fastest, "trial", figures, refused), made[fastest.kernel]
+
+
+def _seconds(kernel: Kernel, anchor: Tree, work: Chunk, lr: float, best: float) -> float:
+    """The least time for one client; one run alone if it is far behind ``best``."""
+    found = []
+    for repetition in range(4):
+        start = time.perf_counter()
+        trained = kernel.train(anchor, work, lr)
+        next(iter(trained.tensors.values())).sum().item()  # waits for a GPU to finish
+        found.append((time.perf_counter() - start) / work.clients())
+        # The first run sets torch up, so that only much more than the best tells something.
+        if repetition == 1 and min(found) > 2 * best:
+            break
+    return min(found)
+
+
+def _recall(key: str) -> Choice | None:
+    found: dict[str, Any] | None = plan_cache.recall(key)
+    try:
+        if found is None:
+            return None
+        plan = EnginePlan.parse(found["plan"])
+        return Choice(plan, "cache", dict(found["seconds_per_client"]), dict(found["refused"]))
+    except (InputError, KeyError, TypeError, ValueError):
+        return None  # written by another version, or by hand

@@ -1,0 +1,1 @@
+"""How the clients of one chunk are trained: one module a kernel, one interface for all."""

@@ -1,0 +1,104 @@
+"""The kernels that know a model's layers: ``grouped`` for images, ``stacked`` for everything else.
+
+Both run the traced program on stacks of parameters, with autograd behind it. A hand-written
+backward pass that fuses the step of SGD into the last product was measured at 0.9 of this time on
+a small CNN: not worth a second rule for each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from umbel.core.trees import Tree
+from umbel.simulations.kernels import stepping
+from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
+from umbel.simulations.kernels.trace import Program, trace
+from umbel.strategies.parts import ClientRule, Local
+from umbel.tasks.evaluate import add_sums, per_example
+from umbel.tasks.task import Batch, Task
+
+
+class Grouped:
+    """Convolutional networks: one convolution whose groups are the clients, channels-last.
+
+    Fast while the activations of a chunk stay in the processor's cache: a few clients.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        program = trace(subject.module)
+        if not program.has(nn.Conv2d):
+            raise Obstacle("it has no convolution")
+        self.gradients = gradients(subject.runtime.task, subject.runtime.rule, program)
+
+    def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
+        """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
+        return stepping.train(self._subject, self.gradients, anchor, chunk, lr, _channels_last)
+
+
+class Stacked:
+    """Networks of products: one batched product for all clients, of a whole cohort if it fits."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        program = trace(subject.module)
+        if program.has(nn.Conv2d):
+            raise Obstacle("it has a convolution")
+        self.gradients = gradients(subject.runtime.task, subject.runtime.rule, program)
+
+    def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
+        """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
+        return stepping.train(self._subject, self.gradients, anchor, chunk, lr)
+
+
+def gradients(task: Task, rule: ClientRule, program: Program) -> stepping.Gradients:
+    """The gradients of a batch of each of n clients, and the sums of its figures.
+
+    The losses are the task's own, of all examples of all clients at once: each depends on its
+    example alone, and through the program on the parameters of its client alone.
+    """
+
+    def compute(
+        params: Tree, anchor: Tree, batch: Batch, counts: Tensor | None
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        clients, size = next(iter(batch.values())).shape[:2]
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+
+        def forward(inputs: Tensor) -> Tensor:
+            return program(leaves, clients, inputs.view(clients, size, *inputs.shape[1:])).flatten(
+                0, 1
+            )
+
+        losses, figures = per_example(
+            task, forward, {name: column.flatten(0, 1) for name, column in batch.items()}
+        )
+        losses = losses.view(clients, size)
+        figures = {name: v.view(clients, size) for name, v in figures.items()}
+        if counts is None:
+            means = losses.mean(1)
+        else:
+            inside = torch.arange(size, device=losses.device) < counts[:, None]
+            means = torch.where(inside, losses, 0).sum(1) / counts  # see vmap.py on infinite losses
+            figures = {name: torch.where(inside, v, 0) for name, v in figures.items()}
+        sums: dict[str, Tensor] = {}
+        add_sums(sums, figures, lambda v: v.sum(1))
+        if rule.loss_terms:
+            means = vmap(lambda m, p: rule.loss(m, Local(p, anchor)))(means, leaves)
+        found = torch.autograd.grad(means.sum(), list(leaves.values()), materialize_grads=True)
+        gradient: Mapping[str, Tensor] = dict(zip(leaves, found, strict=True))
+        if rule.grad_transforms:
+            gradient = vmap(lambda g, p: dict(rule.gradient(g, Local(p, anchor))))(gradient, params)
+        return gradient, sums
+
+    return compute
+
+
+def _channels_last(stack: Tensor) -> Tensor:
+    """A stack of convolution weights, so that many clients' are one channels-last weight."""
+    if stack.dim() != 5:
+        return stack.contiguous()
+    return stack.movedim(2, -1).contiguous().movedim(-1, 2)

@@ -1,0 +1,66 @@
+"""``torch.func.vmap`` over clients: whatever model torch has batching rules for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.func import vmap as over_clients
+
+from umbel.core.trees import Tree
+from umbel.simulations.kernels import stepping
+from umbel.simulations.kernels.kernel import Chunk, Subject, Trained
+from umbel.strategies.parts import ClientRule, Local
+from umbel.tasks.evaluate import add_sums, per_example
+from umbel.tasks.task import Batch, Task
+
+
+class Vmap:
+    """Trains a chunk as one computation of torch.func."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        runtime = subject.runtime
+        self.gradients = gradients(runtime.task, runtime.rule, subject.module)
+
+    def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
+        """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
+        return stepping.train(self._subject, self.gradients, anchor, chunk, lr)
+
+
+def gradients(task: Task, rule: ClientRule, module: nn.Module) -> stepping.Gradients:
+    """The gradients of a batch of each of n clients, and the sums of its figures."""
+
+    def objective(
+        params: Tree, anchor: Tree, batch: Batch, count: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        def forward(*inputs: Any, **named: Any) -> Tensor:
+            output: Tensor = functional_call(module, dict(params), inputs, named)
+            return output
+
+        losses, figures = per_example(task, forward, batch)
+        if count is None:
+            mean = losses.mean()
+        else:
+            inside = torch.arange(len(losses), device=losses.device) < count
+            # Padding repeats an example of the same batch, so it adds no infinity of its own; and
+            # where, unlike a product with 0, keeps an infinite one out of the sum.
+            mean = torch.where(inside, losses, 0).sum() / count
+            figures = {name: torch.where(inside, v, 0) for name, v in figures.items()}
+        sums: dict[str, Tensor] = {}
+        add_sums(sums, figures, lambda v: v.sum())
+        return rule.loss(mean, Local(params, anchor)), sums
+
+    def one(params: Tree, anchor: Tree, batch: Batch, count: Tensor | None) -> Any:
+        gradient, sums = grad(objective, has_aux=True)(params, anchor, batch, count)
+        return dict(rule.gradient(gradient, Local(params, anchor))), sums
+
+    full = over_clients(one, in_dims=(0, None, 0, None))
+    masked = over_clients(one, in_dims=(0, None, 0, 0))
+
+    def either(params: Tree, anchor: Tree, batch: Batch, counts: Tensor | None) -> Any:
+        return (full if counts is None else masked)(params, anchor, batch, counts)
+
+    return either
