@@ -28,6 +28,7 @@ HELLO, TRAIN, EVALUATE = "query.hello", "train", "evaluate"
 MANIFEST, MODEL = "manifest", "model"
 
 PROBLEMS = {
+    "policy": "does not allow a part that the run names",
     "request": "cannot read the request; is it the same version of Umbel?",
     "data": "cannot read its data",
     "client": "is not the client that the request names",
@@ -91,7 +92,7 @@ class Answer(_Reply):
 class Problem(Settings):
     """A client's answer when it cannot give another: a code, and an exception's class name."""
 
-    error: Literal["request", "data", "client", "task", "model", "training", "evaluation"]
+    error: Literal["policy", "request", "data", "client", "task", "model", "training", "evaluation"]
     exception: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 
     def reason(self) -> str:

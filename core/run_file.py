@@ -207,6 +207,15 @@ class RunFile(Settings):
     secure_aggregation: SecureAggregation = SecureAggregation()
     evaluate: Evaluate = Evaluate()
 
+    def own_parts(self) -> list[str]:
+        """The parts that are the user's own code, ``module:object``, not Umbel's."""
+        model = self.task.model
+        split = self.data.split
+        names = [self.data.name, self.task.kind, self.strategy.name]
+        names += [] if split is None else [split.kind]
+        names += [] if model is None else [model if isinstance(model, str) else model.name]
+        return [name for name in names if ":" in name]
+
     @property
     def round_length(self) -> tuple[int | None, int | None]:
         """(local_epochs, local_steps), one of them set; one epoch where neither is."""

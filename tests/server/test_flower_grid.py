@@ -21,7 +21,7 @@ from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Up
 from umbel.core.run_file import RunFile, resolve
 from umbel.core.trees import Model
 from umbel.server.flower import app as server_app
-from umbel.server.flower_grid import GridFederation
+from umbel.server.flower.grid import GridFederation
 from umbel.server.store import RunStore
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.prepare import Prepared, prepare
@@ -289,6 +289,31 @@ def test_a_site_never_opens_a_path_that_the_server_names(tmp_path: Path) -> None
     assert GridFederation(own, run, sites=1).clients() == ["a"]
     with pytest.raises(RunError, match="cannot read its data"):
         GridFederation(LocalGrid(client_app, [{"client": "a"}]), run, sites=1)
+
+
+def test_a_site_runs_no_code_that_the_server_names(tmp_path: Path) -> None:
+    import numpy as np
+
+    data, told = tmp_path / "d.npz", tmp_path / "executed"
+    np.savez(data, x=np.zeros((9, 3)), y=np.arange(9) % 2)
+    split = {"kind": "iid", "clients": 1}
+    hostile = {"name": "subprocess:call", "args": ["touch", str(told)]}
+    run = run_file(
+        data={"name": "npz", "split": split}, task={"kind": "classification", "model": hostile}
+    )
+    site = {"client": "a", "data": str(data)}
+    problem = r"does not allow a part that the run names \(InputError\)"
+    with pytest.raises(RunError, match=problem):
+        GridFederation(LocalGrid(client_app, [site]), run, sites=1)
+    assert not told.exists()
+    allowed = run_file(
+        data={"name": "npz", "split": split},
+        task={"kind": "classification", "model": "umbel.tasks.models.logistic:logistic"},
+    )
+    with pytest.raises(RunError, match=problem):
+        GridFederation(LocalGrid(client_app, [site]), allowed, sites=1)
+    site["allow"] = "umbel.tasks.models.logistic:logistic other:thing"
+    assert GridFederation(LocalGrid(client_app, [site]), allowed, sites=1).clients() == ["a"]
 
 
 def test_a_model_that_is_not_the_tasks_is_refused_by_the_client() -> None:
