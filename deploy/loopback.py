@@ -53,8 +53,8 @@ license = "Apache-2.0"
 publisher = "umbel"
 
 [tool.flwr.app.components]
-serverapp = "umbel.server.flower:app"
-clientapp = "umbel.client.flower:app"
+serverapp = "umbel.server.flower.app:app"
+clientapp = "umbel.client.flower.app:app"
 
 [tool.flwr.app.config]
 run = {run}

@@ -28,9 +28,9 @@ def flower(
         RunError: it does not start.
     """
     announce("starting Flower's simulation: some ten seconds until the first round")
-    from umbel.client.flower import app
-    from umbel.server.flower import simulation
-    from umbel.server.flower_grid import GridFederation
+    from umbel.client.flower.app import app
+    from umbel.server.flower.app import simulation
+    from umbel.server.flower.grid import GridFederation
 
     if run.data.path is not None:  # workers need not share this process's working directory
         section = run.data.model_copy(update={"path": str(Path(run.data.path).absolute())})

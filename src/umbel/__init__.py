@@ -9,7 +9,7 @@ import os
 
 TYPE_CHECKING = False  # type checkers know the name; importing typing would cost time
 if TYPE_CHECKING:
-    from umbel.server.flower_strategy import as_flower, from_arrays, to_arrays
+    from umbel.server.flower.strategy import as_flower, from_arrays, to_arrays
 
 __version__ = "0.1.0"
 
@@ -28,8 +28,8 @@ for _switch, _off in {
 def __getattr__(name: str) -> object:
     """Loads what is borrowed by other programs only when they ask for it."""
     if name in ("as_flower", "from_arrays", "to_arrays"):
-        from umbel.server import flower_strategy
+        from umbel.server.flower import strategy
 
-        found: object = getattr(flower_strategy, name)
+        found: object = getattr(strategy, name)
         return found
     raise AttributeError(f"module 'umbel' has no attribute {name!r}")

@@ -13,14 +13,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
-from umbel.client.flower import app as client_app
+from umbel.client.flower.app import app as client_app
 from umbel.core import messages
 from umbel.core.errors import RunError
 from umbel.core.messages import MANIFEST, MODEL, TRAIN
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates, pack
 from umbel.core.run_file import RunFile, resolve
 from umbel.core.trees import Model
-from umbel.server.flower import app as server_app
+from umbel.server.flower.app import app as server_app
 from umbel.server.flower.grid import GridFederation
 from umbel.server.store import RunStore
 from umbel.simulations.engines.sequential import sequential

@@ -24,7 +24,7 @@ from umbel.core import run_file, settings
 from umbel.core.errors import InputError
 from umbel.core.payloads import Failure, TrainPlan, Updates, pack, unpack
 from umbel.core.trees import Model, Tree
-from umbel.server.flower_grid import FLOWER_ERRORS
+from umbel.server.flower.grid import FLOWER_ERRORS
 from umbel.server.gate import CAP_FACTOR, Gate
 from umbel.server.rounds import collect, is_finite, step
 from umbel.server.sampling import sample

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from umbel.core import run_file
 from umbel.core.errors import RunError
-from umbel.server.flower_grid import GridFederation
+from umbel.server.flower.grid import GridFederation
 from umbel.server.records import RoundRecord
 
 

@@ -1,0 +1,261 @@
+"""Umbel's clients as a Flower ``ClientApp``.
+
+The same app runs at a site and in Flower's own simulation. A site's operator says which client it
+is and where its data lie (``--node-config 'client="a" data="/srv/a"'``; without ``data``, where the
+reader looks by itself); in a simulation a node is the client at the place of its partition. No
+exception leaves this module: Flower would send its text to the server.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from umbel.core import messages
+from umbel.core.errors import InputError
+from umbel.core.messages import Answer, Hello, Request
+from umbel.core.run_file import RunFile
+
+if TYPE_CHECKING:  # a greeting is answered without loading torch: each takes a process of its own
+    from umbel.client.training import ClientRuntime
+    from umbel.core.trees import Model
+    from umbel.datasets.federated import Arrays, FederatedData
+
+log = logging.getLogger("umbel.client")
+
+app = ClientApp()
+
+Reply: TypeAlias = tuple[Hello | Answer, bytes]
+
+
+class Refused(Exception):
+    """A request that is answered with a problem.
+
+    Args:
+        code: one of ``messages.PROBLEMS``.
+        cause: what went wrong; only its class is told.
+    """
+
+    def __init__(self, code: str, cause: BaseException) -> None:
+        super().__init__(code)
+        self.code = code
+        self.cause = cause
+
+
+class Site(NamedTuple):
+    """A client, at home with its data."""
+
+    name: str
+    place: int
+    data: FederatedData
+
+    def train(self) -> Arrays:
+        """Its training examples."""
+        return self.data.train_part(self.place)
+
+    def test(self) -> Arrays | None:
+        """Its own test examples."""
+        return self.data.test_part(self.place)
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Says who the client is and what it holds."""
+
+    def work(request: Request) -> Reply:
+        site = _site(request.run, context)
+        with _stage("data"):
+            test = site.test()
+            info = asdict(site.data.info)
+            reply = Hello(
+                client=site.name,
+                examples=_rows(site.train()),
+                test_examples=_rows(test) if test is not None else 0,
+                info=json.loads(json.dumps(info)),
+                versions={n: _version(n) for n in ("umbel", "flwr", "torch", "numpy")},
+            )
+        return reply, b""
+
+    return _answer(message, work)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Trains the model it is sent on the client's examples; answers with the delta."""
+
+    def work(request: Request) -> Reply:
+        from umbel.core.payloads import pack
+
+        site = _site(request.run, context, request.client)
+        runtime, model = _runtime(site, request, message)
+        with _stage("training"):
+            updates = runtime.train(request.round, site.name, site.train(), model)
+            metrics = {name: float(values[0]) for name, values in updates.metrics.items()}
+            reply = messages.answer(site.name, request.round, float(updates.weights[0]), metrics)
+            return reply, pack({name: delta[0] for name, delta in updates.delta.items()})
+
+    return _answer(message, work)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluates the model it is sent on the client's own test part; zero examples where none."""
+
+    def work(request: Request) -> Reply:
+        site = _site(request.run, context, request.client)
+        with _stage("data"):
+            test = site.test()
+        if test is None:
+            return messages.answer(site.name, request.round, 0, {}), b""
+        runtime, model = _runtime(site, request, message)
+        with _stage("evaluation"):
+            examples, metrics = runtime.evaluate(test, model)
+            return messages.answer(site.name, request.round, examples, metrics), b""
+
+    return _answer(message, work)
+
+
+def _answer(message: Message, work: Callable[[Request], Reply]) -> Message:
+    try:
+        with _stage("request"):
+            request = messages.read_request(message.content[messages.MANIFEST][messages.MANIFEST])
+        reply, document = work(request)
+        text = messages.write_reply(reply)
+    except Refused as refused:
+        text, document = messages.write_reply(messages.problem(refused.code, refused.cause)), b""
+    manifest = ConfigRecord({messages.MANIFEST: text})
+    tensors = ConfigRecord({messages.MODEL: document})
+    content = RecordDict({messages.MANIFEST: manifest, messages.MODEL: tensors})
+    return Message(content, reply_to=message)
+
+
+@contextmanager
+def _stage(code: str) -> Iterator[None]:
+    """Turns whatever goes wrong into a problem of this code, in full in the local log alone."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:  # whatever it is, its text must not travel
+        log.exception("%s", messages.PROBLEMS[code])
+        raise Refused(code, error) from error
+
+
+def _site(run: RunFile, context: Context, asked: str | None = None) -> Site:
+    """The client that lives on this node; ``asked`` must be its name."""
+    section = run.data
+    if "client" in context.node_config:  # a site never opens a path that a server names
+        _allow(run, str(context.node_config.get("allow", "")))
+        path = context.node_config.get("data")
+        section = section.model_copy(update={"path": None if path is None else str(path)})
+    with _stage("data"):
+        data = _load(section.model_dump_json(), run.run.seed)
+    with _stage("client"):
+        site = _find(data, context)
+        if asked is not None and asked != site.name:
+            raise InputError(f"asked for '{asked}'", where=f"client '{site.name}'")
+    return site
+
+
+def _allow(run: RunFile, allowed: str) -> None:
+    """Refuses parts that are not Umbel's own, unless the site's operator named them.
+
+    A name such as ``subprocess:run`` would otherwise be code that the server chooses.
+    """
+    with _stage("policy"):
+        for name in run.own_parts():
+            if name not in allowed.split():
+                raise InputError(
+                    f"'{name}' is not a part of Umbel, and the site does not allow it",
+                    where="server's message",
+                    fix=f"--node-config 'allow=\"{name}\"' where you trust it",
+                )
+
+
+def _find(data: FederatedData, context: Context) -> Site:
+    name = context.node_config.get("client")
+    if name is None:
+        place = context.node_config.get("partition-id")
+        if not isinstance(place, int) or not 0 <= place < len(data.names):
+            raise InputError(
+                f"partition-id = {place!r}, and the data have {len(data.names)} clients",
+                where="node config",
+                fix="start the node with --node-config 'client=\"NAME\"'",
+            )
+        return Site(data.names[place], place, data)
+    name = str(name)
+    if name in data.names:
+        return Site(name, data.names.index(name), data)
+    if len(data.names) == 1:  # the site's files hold nobody else's examples
+        return Site(name, 0, data)
+    raise InputError(
+        f"client = {name!r} is none of the {len(data.names)} clients of the data",
+        where="node config",
+        fix=f"the first is '{data.names[0]}'",
+    )
+
+
+def _runtime(site: Site, request: Request, message: Message) -> tuple[ClientRuntime, Model]:
+    """What trains and evaluates, and the model that the server sent."""
+    from umbel.core.payloads import unpack
+    from umbel.core.trees import Model
+
+    with _stage("task"):
+        tables = json.dumps(messages.write_run(request.run), sort_keys=True)
+        runtime, own = _build(tables, json.dumps(asdict(site.data.info)))
+    with _stage("model"):
+        document = message.content[messages.MODEL][messages.MODEL]
+        if not isinstance(document, bytes):
+            raise InputError("no tensors", where="server's message")
+        sent, _ = unpack(document, "server's message")
+        for name, tensor in own.tensors().items():
+            if sent[name].shape != tensor.shape or sent[name].dtype != tensor.dtype:
+                raise InputError(f"'{name}' differs from the task's", where="server's message")
+        params = {name: sent[name] for name in own.params}
+        return runtime, Model(params, {name: sent[name] for name in own.buffers})
+
+
+# A process that lives for more than one message, as in a simulation, reads and builds once.
+
+
+@functools.lru_cache(maxsize=1)
+def _load(section: str, seed: int) -> FederatedData:
+    from umbel.core.run_file import Data
+    from umbel.datasets.build import load
+
+    return load(Data.model_validate_json(section), seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _build(tables: str, info: str) -> tuple[ClientRuntime, Model]:
+    from umbel.client.training import ClientRuntime
+    from umbel.core import run_file
+    from umbel.datasets.federated import Info
+    from umbel.strategies.build import build_strategy
+    from umbel.tasks.build import build_task, initial_module, model_of
+
+    run = run_file.resolve(json.loads(tables))
+    fields = json.loads(info)
+    task = build_task(run.task, Info(**{**fields, "input_shape": tuple(fields["input_shape"])}))
+    rule = build_strategy(run.strategy).client
+    return ClientRuntime(run, task, rule), model_of(initial_module(task, run.run.seed))
+
+
+def _rows(arrays: Arrays) -> int:
+    return len(next(iter(arrays.values())))
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
