@@ -63,10 +63,6 @@ class Choice(NamedTuple):
     seconds: dict[str, float]
     refused: dict[str, str]
 
-    def alone(self) -> str:
-        """Why no kernel trains many clients at a time; empty where one could."""
-        return self.refused.get("vmap", "") if self.source != "pinned" else ""
-
     def record(self) -> dict[str, object]:
         """As plain values, for the run's record."""
         return {

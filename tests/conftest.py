@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from hypothesis import settings
 # A machine under load is no reason to fail.
 settings.register_profile("umbel", deadline=None)
 settings.load_profile("umbel")
+
+# Plans of the engine that tests find, also those in processes of their own, stay among tests.
+_cache = tempfile.TemporaryDirectory(prefix="umbel-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 @pytest.fixture(scope="session")

@@ -152,7 +152,8 @@ class Vectorised:
         except Obstacle as obstacle:
             self._say(str(obstacle))
             return _Found(None, None, False, footprint)
-        if choice.plan.kernel == "lean" and (why := examination.obstacle or choice.alone()):
+        why = examination.obstacle or choice.refused.get("vmap")
+        if choice.plan.kernel == "lean" and choice.source != "pinned" and why:
             self._say(why)
         return _Found(kernel, choice, examination.draws, footprint)
 

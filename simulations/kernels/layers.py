@@ -175,8 +175,9 @@ def _layer_norm(module: nn.LayerNorm, find: Finder) -> Layer:
 
 
 def _embedding(module: nn.Embedding, find: Finder) -> Layer:
-    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-        raise Obstacle("max_norm, scale_grad_by_freq or sparse of an embedding")
+    options = (module.max_norm, module.padding_idx, module.scale_grad_by_freq, module.sparse)
+    if options != (None, None, False, False):
+        raise Obstacle("an option of an embedding")
     weight = _must(find(module.weight))
 
     def layer(params: Tree, x: Value) -> Value:

@@ -30,7 +30,9 @@ class Lean:
             raise Obstacle("float16 needs a scale of the loss for each client")
         self._subject = subject
         self._own = copy.deepcopy(subject.module).train()
-        if not subject.draws and any(isinstance(m, nn.Conv2d) for m in self._own.modules()):
+        convolves = any(isinstance(m, nn.Conv2d) for m in self._own.modules())
+        self._channels_last = convolves and not subject.draws
+        if self._channels_last:
             self._own.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._params = {n: p for n, p in self._own.named_parameters() if p.requires_grad}
         self._stepped = [p.detach()[None] for p in self._params.values()]
@@ -78,6 +80,8 @@ class Lean:
         for piece in np.array_split(np.arange(len(rows)), pieces):
             at = rows[piece[0] : piece[-1] + 1]
             batch = {name: column.index_select(0, at) for name, column in columns.items()}
+            if self._channels_last:
+                batch = map_tree(lambda t: _channels_last(t) if t.dim() == 4 else t, batch)
             with devices.autocast(runtime.device, runtime.run.client):
                 losses, figures = per_example(runtime.task, self._own, batch)
             objective = runtime.rule.loss(losses.mean(), local) * (len(at) / len(rows))
@@ -92,3 +96,11 @@ class Lean:
                 detached = map_tree(lambda p: p.detach(), self._params)
                 gradient = runtime.rule.gradient(gradient, Local(detached, anchor))
             optimizer.step(self._stepped, [gradient[name][None] for name in self._params])
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Images (B, C, H, W), channels-last; those of one channel say so by their strides alone."""
+    if images.shape[1] > 1:
+        return images.contiguous(memory_format=torch.channels_last)
+    height, width = images.shape[2:]
+    return images.as_strided(images.shape, (height * width, 1, width, 1))

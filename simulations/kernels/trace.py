@@ -120,7 +120,8 @@ def _step(
         return target, layers.elementwise(layers.FUNCTIONS[target]), [args[0]]
     if target in layers.POOLINGS and not any(isinstance(a, fx.Node) for a in node.args[1:]):
         return target, layers.pooling_by(layers.POOLINGS[target], args[1:], options), [args[0]]
-    if target in ("flatten", torch.flatten) and args[1:] in ([1], [1, -1]) and not options:
+    start = (*args[1:], *options.items())
+    if target in ("flatten", torch.flatten) and start in ((1,), (1, -1), (("start_dim", 1),)):
         return nn.Flatten, layers.flatten, [args[0]]
     if target in ("view", "reshape") and len(args) == 3 and not options:
         if args[2] == -1 and _is_batch_size(args[1]):
