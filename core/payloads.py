@@ -6,16 +6,26 @@ Tensors are written as safetensors and everything else as canonical JSON: nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from umbel.core.errors import InputError
 from umbel.core.trees import Model, Tree
+
+
+class Folded(Protocol):
+    """The updates of some clients as one; what it holds is its maker's business."""
+
+    @property
+    def participants(self) -> Sequence[str]:
+        """The clients whose updates are in it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,10 @@ class TrainPlan:
             (over-selection): in-process federations reach them only when earlier ones failed.
         deadline: seconds after which late clients are failures; ``None`` waits. Clients in process
             are never late.
+        fold: (the plan for some of the clients, what they deliver) -> one item for the stream in
+            their place, gated and summed. A federation that computes in several processes folds
+            where updates are made, in parts that depend on the plan alone; others need not. It can
+            be pickled. ``None``: whoever asks needs every update.
     """
 
     round: int
@@ -37,6 +51,11 @@ class TrainPlan:
     model: Model
     wanted: int
     deadline: float | None = None
+    fold: Callable[[TrainPlan, Iterator[Updates | Failure]], Folded] | None = None
+
+    def part(self, clients: Sequence[str]) -> TrainPlan:
+        """The same for some of the clients, all of whom are wanted."""
+        return replace(self, clients=clients, wanted=len(clients))
 
 
 @dataclass(frozen=True)
@@ -102,14 +121,17 @@ class Federation(Protocol):
     def clients(self) -> Sequence[str]:
         """The names of the clients, in lexicographic order."""
 
-    def examples(self) -> Sequence[int]:
+    def examples(self) -> Sequence[int] | npt.NDArray[np.int64]:
         """How many training examples each client declares, in the order of :meth:`clients`."""
 
-    def train(self, plan: TrainPlan) -> Iterator[Updates | Failure]:
+    def train(self, plan: TrainPlan) -> Iterator[Updates | Failure | Folded]:
         """Trains the plan's clients; each is in exactly one item."""
 
     def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
         """Evaluates at the plan's clients; those without a test part yield nothing."""
+
+    def plan_record(self) -> Mapping[str, Any]:
+        """How updates are computed, for the run's record; empty where nothing was chosen."""
 
     def close(self) -> None:
         """Ends workers and connections."""

@@ -44,9 +44,17 @@ class Run(Settings):
     """How many."""
     store: str = "runs"
     """Where runs are kept: a directory, or a database URL."""
-    checkpoint_seconds: NonNegative = 0.0
-    """At least this long between checkpoints; 0 commits every round. A killed run repeats what came
-    after the last commit, bit for bit."""
+    checkpoint_seconds: NonNegative = 1.0
+    """Simulation: at least this long between commits; 0 commits every round. A run that is killed
+    repeats, bit for bit, what came after the last; Ctrl-C and the end commit all. A server of real
+    sites commits every round."""
+    processes: Natural | None = None
+    """Simulation: worker processes, 0 for none; ``None``: one for each core where rounds are long
+    enough. The result is the same."""
+    engine_plan: str | None = None
+    """Simulation: how the vectorised engine computes, such as ``grouped:chunk=5``; ``None``: the
+    fastest in a short trial. It decides the last bits of the result, so it stands in the run's
+    record and a resumed run keeps it."""
 
 
 class Split(Open):

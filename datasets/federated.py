@@ -117,6 +117,10 @@ class Holdings:
         """How many rows each client holds, shape (clients,)."""
         return np.diff(self.offsets)
 
+    def sizes_at(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many rows the clients at these places hold, without a look at the others."""
+        return self.offsets[places + 1] - self.offsets[places]
+
     def of_client(self, place: int) -> npt.NDArray[np.int32]:
         """The rows of the client at ``place``."""
         return self.index[self.offsets[place] : self.offsets[place + 1]]

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class Passed(NamedTuple):
     capped: Sequence[str]
 
 
-def weight_cap(examples: Sequence[int], max_weight: float | None) -> float:
+def weight_cap(examples: Sequence[int] | npt.NDArray[np.int64], max_weight: float | None) -> float:
     """The most that one client may weigh, in examples.
 
     Args:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
+from umbel.core import run_file
 from umbel.core.errors import RunError
-from umbel.core.payloads import Failure, Federation, TrainPlan, Updates
+from umbel.core.payloads import Failure, Federation, Folded, TrainPlan, Updates
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, add_cast
 from umbel.server.gate import Gate, weight_cap
 from umbel.server.records import RoundRecord, RoundResult, Scores
 from umbel.server.sampling import cohort_size, sample
+from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import Combined, Combiner, ServerState, Strategy
 
 Evaluate: TypeAlias = Callable[[int, Model], Scores]
@@ -46,20 +49,22 @@ def rounds(
     clients = federation.clients()
     wanted = cohort_size(run.strategy, len(clients))
     cap = weight_cap(federation.examples(), run.strategy.max_weight)
+    fold = None if strategy.combine.merge is None else Fold(run.strategy, cap)
     quorum = run.strategy.quorum or 1
     _, model, state = start
     empty = 0
     for number in range(start.round + 1, run.run.rounds + 1):
         began = time.perf_counter()
         asked = sample(clients, run.strategy, run.run.seed, number)
-        plan = TrainPlan(number, asked, model, wanted, run.strategy.deadline)
+        plan = TrainPlan(number, asked, model, wanted, run.strategy.deadline, fold)
         gate = Gate(number, asked, model.tensors(), cap)
         cohort = collect(federation.train(plan), gate, strategy.combine, plan, run.strategy.weights)
         note = ""
         if len(cohort.participants) < quorum:
             note = f"quorum missed: {len(cohort.participants)} of {quorum}; the model stays"
         else:
-            stepped, new_state = step(strategy, model, state, cohort.combined())
+            combined = strategy.combine.finish(cohort.sums)
+            stepped, new_state = step(strategy, model, state, combined)
             if is_finite(stepped):
                 model, state = stepped, new_state
             else:
@@ -87,18 +92,17 @@ def rounds(
 
 @dataclass
 class Cohort:
-    """What came back in one round."""
+    """What came back in one round, or from a part of its clients: plain values, to be pickled."""
 
-    combiner: Combiner
     sums: Any
     participants: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     capped: list[str] = field(default_factory=list)
     totals: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, updates: Updates) -> None:
+    def add(self, updates: Updates, combiner: Combiner) -> None:
         """Folds valid updates in."""
-        self.sums = self.combiner.add(self.sums, updates)
+        self.sums = combiner.add(self.sums, updates)
         self.participants.extend(updates.clients)
         for name, values in updates.metrics.items():
             finite = values.isfinite()
@@ -106,17 +110,58 @@ class Cohort:
             total[0] += float((values * updates.weights)[finite].sum())
             total[1] += float(updates.weights[finite].sum())
 
-    def combined(self) -> Combined:
-        """The updates as one."""
-        return self.combiner.finish(self.sums)
+    def merge(self, part: Cohort, combiner: Combiner) -> None:
+        """Folds in what other clients came to."""
+        assert combiner.merge is not None
+        self.sums = combiner.merge(self.sums, part.sums)
+        self.participants.extend(part.participants)
+        self.failures.extend(part.failures)
+        self.capped.extend(part.capped)
+        for name, (total, weight) in part.totals.items():
+            mine = self.totals.setdefault(name, [0.0, 0.0])
+            mine[0] += total
+            mine[1] += weight
+
+    def arrange(self, clients: Sequence[str]) -> None:
+        """Puts everybody in this order: parts need not be consecutive clients."""
+        place = {client: i for i, client in enumerate(clients)}
+        self.participants.sort(key=place.__getitem__)
+        self.capped.sort(key=place.__getitem__)
+        self.failures.sort(key=lambda f: place.get(f.client, len(place)))
 
     def training(self) -> dict[str, float]:
         """Means of the clients' training metrics, weighted as their updates were."""
         return {name: total / weight for name, (total, weight) in self.totals.items() if weight}
 
 
+@dataclass(frozen=True)
+class Fold:
+    """Gates and sums the updates of some clients, in whichever process they were made.
+
+    The same gate and the same combiner as in the round loop; it is data, so that it can be sent.
+
+    Args:
+        section: the strategy.
+        cap: the most that one client may weigh.
+    """
+
+    section: run_file.Strategy
+    cap: float
+
+    def __call__(self, plan: TrainPlan, stream: Iterator[Updates | Failure]) -> Cohort:
+        """What the clients of ``plan`` came to."""
+        gate = Gate(plan.round, plan.clients, plan.model.tensors(), self.cap)
+        combiner = _combiner(self.section.model_dump_json())
+        return collect(stream, gate, combiner, plan, self.section.weights)
+
+
+@lru_cache(maxsize=8)
+def _combiner(section: str) -> Combiner:
+    return build_strategy(run_file.Strategy.model_validate_json(section)).combine
+
+
 def collect(
-    stream: Iterator[Updates | Failure],
+    stream: Iterator[Updates | Failure | Folded],
     gate: Gate,
     combiner: Combiner,
     plan: TrainPlan,
@@ -125,29 +170,40 @@ def collect(
     """Gates and combines what the federation delivers, until enough clients have.
 
     No update is kept: a round needs memory for the sum and for what is under way. Clients that
-    were not needed (over-selection) are neither participants nor failures.
+    were not needed (over-selection) are neither participants nor failures. Parts that the plan's
+    ``fold`` made were gated there; they are merged in the order that they come in.
     """
-    cohort = Cohort(combiner, combiner.zero(plan.model.tensors()))
+    cohort = Cohort(combiner.zero(plan.model.tensors()))
+    merged = False
     try:
         for item in stream:
             if isinstance(item, Failure):
                 cohort.failures.append(item)
                 continue
-            passed = gate.check(item)
-            cohort.failures.extend(passed.failures)
             room = plan.wanted - len(cohort.participants)
-            updates = passed.updates
-            if len(updates.clients) > room:
-                updates = updates.take(range(room))
-            taken = set(updates.clients)
-            cohort.capped.extend(c for c in passed.capped if c in taken)
-            if updates.clients:
-                cohort.add(uniform(updates) if weights == "uniform" else updates)
+            if isinstance(item, Updates):
+                passed = gate.check(item)
+                cohort.failures.extend(passed.failures)
+                updates = passed.updates
+                if len(updates.clients) > room:
+                    updates = updates.take(range(room))
+                if passed.capped:
+                    taken = set(updates.clients)
+                    cohort.capped.extend(c for c in passed.capped if c in taken)
+                if updates.clients:
+                    cohort.add(uniform(updates) if weights == "uniform" else updates, combiner)
+            elif isinstance(item, Cohort) and len(item.participants) <= room:
+                cohort.merge(item, combiner)
+                merged = True
+            else:
+                raise ValueError(f"round {plan.round}: not a part of the cohort that was asked for")
             if len(cohort.participants) == plan.wanted:
                 break
     finally:
         if close := getattr(stream, "close", None):
             close()
+    if merged:
+        cohort.arrange(plan.clients)
     return cohort
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
 
 from umbel.client.training import ClientRuntime
 from umbel.core.errors import UmbelError
@@ -33,10 +36,9 @@ class Residents:
         """Where ``client`` stands among the names of the data."""
         return self._places[client] if self._places else self.data.names.index(client)
 
-    def sizes(self) -> Sequence[int]:
+    def sizes(self) -> npt.NDArray[np.int64]:
         """How many training examples each client has, in the order of the names."""
-        sizes: list[int] = self.data.train_holdings.sizes().tolist()
-        return sizes
+        return self.data.train_holdings.sizes()
 
     def train(self, round_number: int, client: str, model: Model) -> Updates | Failure:
         """Trains one client the plain way."""

@@ -144,7 +144,9 @@ class FlowerStrategy(FlowerBase):
             log.warning("round %d: node %s weighs %g, its cap", server_round, node, cap)
         if not cohort.participants or self._state is None:
             return None, None
-        model, state = step(self._strategy, self._model, self._state, cohort.combined())
+        model, state = step(
+            self._strategy, self._model, self._state, self._strategy.combine.finish(cohort.sums)
+        )
         if not is_finite(model):
             log.warning("round %d: the step would overflow; the model stays", server_round)
             return None, None

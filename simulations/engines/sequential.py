@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Federation, TrainPlan, Updates
 from umbel.core.run_file import RunFile
@@ -44,7 +48,7 @@ class Sequential:
         """The names of the clients."""
         return self._residents.data.names
 
-    def examples(self) -> Sequence[int]:
+    def examples(self) -> npt.NDArray[np.int64]:
         """How many training examples each has."""
         return self._residents.sizes()
 
@@ -56,6 +60,10 @@ class Sequential:
     def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
         """Evaluates the plan's clients in its order."""
         return self._residents.evaluate(plan)
+
+    def plan_record(self) -> Mapping[str, Any]:
+        """Nothing was chosen."""
+        return {}
 
     def close(self) -> None:
         """Nothing to end."""

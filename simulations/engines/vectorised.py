@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from umbel.client import optimizers
 from umbel.core.errors import UmbelError
-from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Federation, TrainPlan, Updates
+from umbel.core.payloads import (
+    EvaluatePlan,
+    Evaluation,
+    Failure,
+    Federation,
+    Folded,
+    TrainPlan,
+    Updates,
+)
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
 from umbel.datasets.federated import FederatedData
 from umbel.simulations import chunks, stacks, trial
 from umbel.simulations.choose import choose
+from umbel.simulations.dispatch import Dispatch
+from umbel.simulations.groups import Group, groups
 from umbel.simulations.kernels.kernel import Chunk, Kernel, Obstacle
 from umbel.simulations.plan import Choice, EnginePlan
 from umbel.simulations.residents import Residents, reason
 from umbel.simulations.trainer import Trainer
+from umbel.simulations.workers import cores
 from umbel.strategies.parts import ClientRule
 from umbel.tasks.task import Task
 
 TRIAL = 32
 """Examples that the trial looks at, at most."""
+
+LONG = 1e9
+"""Examples times bytes of the model in a round, from which on no single chunk takes it all: about
+a fifth of a second on one core."""
+
+NARROW = 4
+"""Clients of a chunk that is made smaller for the sake of other cores, at least."""
 
 
 def vectorised(
@@ -35,6 +54,7 @@ def vectorised(
     memory: int | None = None,
     largest_chunk: int | None = None,
     plan: str | None = None,
+    processes: int | None = None,
 ) -> Federation:
     """Many clients in one computation; the same model as sequential, to float tolerance.
 
@@ -49,15 +69,20 @@ def vectorised(
         announce: told what a user should know.
         memory: bytes that the clients of one chunk may take; ``None``: a share of what is there.
         largest_chunk: the most clients in one computation; ``None``: as many as memory allows.
-        plan: the kernel and its chunk, such as ``grouped:chunk=5``; ``None``: the fastest. A run
+        plan: the kernel and its chunk, such as ``grouped:chunk=5``; ``None``: as ``[run]``. A run
             ends with the same bits only under the same plan.
+        processes: worker processes, 0 for none; ``None``: ``[run] processes``. The result does not
+            depend on it.
 
     Raises:
         InputError: the device or precision is not here, the model has nothing to train, or the plan
             is not one.
     """
+    plan = plan or run.run.engine_plan
     pinned = None if plan is None else EnginePlan.parse(plan)
-    return Vectorised(Residents(run, data, task, rule), announce, memory, largest_chunk, pinned)
+    count = run.run.processes if processes is None else processes
+    residents = Residents(run, data, task, rule)
+    return Vectorised(residents, announce, memory, largest_chunk, pinned, count)
 
 
 class _Found(NamedTuple):
@@ -70,7 +95,7 @@ class _Found(NamedTuple):
 
 
 class Vectorised:
-    """A federation in process; clients are trained chunk by chunk, when they are asked for."""
+    """A federation on this machine; clients are trained chunk by chunk, when they are asked for."""
 
     def __init__(
         self,
@@ -79,6 +104,7 @@ class Vectorised:
         memory: int | None,
         largest_chunk: int | None,
         pinned: EnginePlan | None,
+        processes: int | None,
     ) -> None:
         self._residents = residents
         self._runtime = residents.runtime
@@ -88,12 +114,13 @@ class Vectorised:
         self._pinned = pinned
         self._trainer = Trainer(residents, self._memory)
         self._found: _Found | None = None
+        self._dispatch = Dispatch(self._group, processes, self._runtime.device, announce)
 
     def clients(self) -> Sequence[str]:
         """The names of the clients."""
         return self._residents.data.names
 
-    def examples(self) -> Sequence[int]:
+    def examples(self) -> npt.NDArray[np.int64]:
         """How many training examples each has."""
         return self._residents.sizes()
 
@@ -102,7 +129,12 @@ class Vectorised:
         return self._residents.evaluate(plan)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Ends the workers."""
+        self._dispatch.close()
+
+    def workers(self) -> list[int]:
+        """The process ids of the workers there are; none before they proved worth it."""
+        return self._dispatch.pids()
 
     def plan_record(self) -> dict[str, object]:
         """The plan and the trial's figures, as plain values; empty before the first round."""
@@ -110,17 +142,28 @@ class Vectorised:
             return {}
         return self._found.choice.record()
 
-    def train(self, plan: TrainPlan) -> Iterator[Updates | Failure]:
-        """Trains the plan's clients in its order, in stacks; reserves one at a time."""
+    def train(self, plan: TrainPlan) -> Iterator[Updates | Failure | Folded]:
+        """Trains the plan's clients; reserves one at a time.
+
+        With a ``fold``, what comes is folded, group by group. Without, it comes in the order of the
+        plan, in stacks.
+        """
+        asked = min(len(plan.clients), plan.wanted)
         if self._found is None and plan.clients:
-            self._found = self._find(plan)
-        wanted = plan.clients[: plan.wanted] if self._found and self._found.kernel else []
+            with self._dispatch.threads(asked):
+                self._found = self._find(plan)
+        wanted = plan.clients[:asked] if self._found and self._found.kernel else []
         if self._found and wanted:
             places = np.array([self._residents.place(c) for c in wanted])
-            for span in chunks.spans(len(wanted), self._found.footprint, self._memory):
-                yield from self._span(plan, wanted[span], places[span], self._found)
+            if plan.fold is not None:
+                yield from self._each(plan, self._groups(places, self._found))
+            else:
+                for span in chunks.spans(len(wanted), self._found.footprint, self._memory):
+                    yield from self._span(plan, wanted[span], places[span], self._found)
         for client in plan.clients[len(wanted) :]:
-            yield self._residents.train(plan.round, client, plan.model)
+            with self._dispatch.threads(asked):
+                item = self._residents.train(plan.round, client, plan.model)
+            yield item
 
     def _find(self, plan: TrainPlan) -> _Found:
         """The kernel for this model, from the initial model and the largest clients."""
@@ -165,51 +208,83 @@ class Vectorised:
         copies = 3 + optimizers.slots(self._runtime.run.client)
         return chunks.Footprint(model.bytes(), copies, 2 * row + 2 * activation_bytes)
 
+    def _groups(self, places: chunks.Places, found: _Found) -> list[Group]:
+        """The clients at these places, dealt to chunks and these to groups."""
+        assert found.choice is not None
+        size = self._runtime.run.client.batch_size
+        sizes = self._residents.data.train_holdings.sizes_at(places)
+        bounds = [self._largest, found.choice.plan.chunk]
+        if found.choice.plan.chunk is None:
+            bounds.append(_share(sizes, found.footprint))
+        dealt = chunks.chunks(
+            sizes,
+            None if size == "full" else size,
+            found.footprint,
+            self._memory,
+            min((n for n in bounds if n is not None), default=None),
+        )
+        return groups([places[chunk] for chunk in dealt], [float(sizes[c].sum()) for c in dealt])
+
+    def _each(self, plan: TrainPlan, dealt: Sequence[Group]) -> Iterator[Any]:
+        """What each group came to, in their order."""
+        for result, said in self._dispatch.run(plan, dealt):
+            for text in said:
+                self._announce(text)
+            yield result
+
+    def _group(
+        self, plan: TrainPlan, dealt: Sequence[chunks.Places]
+    ) -> tuple[Folded | list[Updates | Failure], list[str]]:
+        """Trains chunks, in this process or in a worker: the result, and what is to be announced.
+
+        The result is a function of the arguments and of what the first round found.
+        """
+        said: list[str] = []
+        items = (item for places in dealt for item in self._items(plan, places, said))
+        if plan.fold is None:
+            return list(items), said
+        names = self._residents.data.names
+        return plan.fold(plan.part([names[p] for c in dealt for p in c.tolist()]), items), said
+
+    def _items(
+        self, plan: TrainPlan, places: chunks.Places, said: list[str]
+    ) -> Iterator[Updates | Failure]:
+        """Trains the clients of one chunk together, or where that fails one after another."""
+        found = self._found
+        assert found is not None
+        assert found.kernel is not None
+        assert found.choice is not None
+        try:
+            updates = self._trainer.train(found.kernel, plan.round, places, plan.model, found.draws)
+        except UmbelError:
+            raise
+        except Exception as error:
+            if found.choice.plan.kernel != "lean":
+                said.append(
+                    f"round {plan.round}: {len(places)} clients failed in one computation "
+                    f"({reason(error)}); running them one after another"
+                )
+        else:
+            yield updates
+            return
+        for place in places.tolist():
+            client = self._residents.data.names[place]
+            yield self._residents.train(plan.round, client, plan.model)
+
     def _span(
         self, plan: TrainPlan, clients: Sequence[str], places: chunks.Places, found: _Found
     ) -> Iterator[Updates | Failure]:
         """Trains consecutive clients of the plan, and yields them in its order."""
-        assert found.kernel is not None
-        assert found.choice is not None
-        size = self._runtime.run.client.batch_size
-        bounds = [n for n in (self._largest, found.choice.plan.chunk) if n is not None]
-        dealt = chunks.chunks(
-            self._residents.data.train_holdings.sizes()[places],
-            None if size == "full" else size,
-            found.footprint,
-            self._memory,
-            min(bounds, default=None),
-        )
+        row = {client: i for i, client in enumerate(clients)}
         whole: Updates | None = None
         failures: dict[int, Failure] = {}
-        for chunk in dealt:
-            try:
-                updates = self._trainer.train(
-                    found.kernel, plan.round, places[chunk], plan.model, found.draws
-                )
-                done: Sequence[int] = range(len(chunk))
-            except UmbelError:
-                raise
-            except Exception as error:
-                if found.choice.plan.kernel != "lean":
-                    self._announce(
-                        f"round {plan.round}: {len(chunk)} clients failed in one computation "
-                        f"({reason(error)}); running them one after another"
-                    )
-                names = [clients[i] for i in chunk]
-                one_by_one = [self._residents.train(plan.round, c, plan.model) for c in names]
-                failures |= {
-                    int(chunk[i]): f for i, f in enumerate(one_by_one) if isinstance(f, Failure)
-                }
-                done = [i for i, u in enumerate(one_by_one) if isinstance(u, Updates)]
-                if not done:
-                    continue
-                updates = stacks.join([u for u in one_by_one if isinstance(u, Updates)])
-            rows = chunk[list(done)]
-            if len(rows) == len(clients) and (rows == np.arange(len(rows))).all():
-                whole = updates
-            else:
-                whole = stacks.scatter(whole, updates, rows, list(clients))
+        for items in self._each(plan, self._groups(places, found)):
+            for item in items:
+                if isinstance(item, Failure):
+                    failures[row[item.client]] = item
+                else:
+                    at = np.array([row[c] for c in item.clients])
+                    whole = stacks.scatter(whole, item, at, list(clients))
         start = 0
         for stop in [*sorted(failures), len(clients)]:
             if stop > start and whole is not None:
@@ -217,3 +292,11 @@ class Vectorised:
             if stop in failures:
                 yield failures[stop]
             start = stop + 1
+
+
+def _share(sizes: chunks.Places, footprint: chunks.Footprint) -> int | None:
+    """The most clients in a chunk where a round is long enough for all cores; else ``None``."""
+    # At least a multiplication for each parameter and example, forward and twice backward.
+    if float(sizes.sum()) * footprint.model < LONG:
+        return None
+    return max(NARROW, -(-len(sizes) // (2 * cores())))

@@ -11,6 +11,9 @@ from torch import Tensor
 from umbel.core.payloads import Updates
 from umbel.core.trees import Tree, map_tree
 
+SMALL = 1024
+"""Up to so many values, the rows of a tensor are summed in one operation and not in a loop."""
+
 
 class Combined(NamedTuple):
     """What a server step is given.
@@ -32,13 +35,15 @@ class Combiner(NamedTuple):
     Args:
         zero: the global tensors -> an empty accumulator.
         add: (accumulator, updates) -> accumulator; may reuse the memory of the first.
-        merge: (accumulator, accumulator) -> accumulator, for partial sums of workers.
+        merge: (accumulator, accumulator) -> accumulator, for partial sums of workers; may reuse
+            the memory of the first. ``None`` where the whole cohort is needed in one place, as by
+            robust rules: workers then hand every update back.
         finish: accumulator -> :class:`Combined`.
     """
 
     zero: Callable[[Tree], Any]
     add: Callable[[Any, Updates], Any]
-    merge: Callable[[Any, Any], Any]
+    merge: Callable[[Any, Any], Any] | None
     finish: Callable[[Any], Combined]
 
 
@@ -64,13 +69,20 @@ def weighted_mean() -> Combiner:
     def add(sums: Sums, updates: Updates) -> Sums:
         weights = updates.weights.tolist()
         for name, total in sums.delta.items():
-            for row, weight in zip(updates.delta[name].to(total.device), weights, strict=True):
-                total.add_(row.double(), alpha=weight)
-        return Sums(sums.delta, sums.weight + sum(weights), sums.clients + len(weights))
+            stack = updates.delta[name].to(total.device)
+            if total.numel() <= SMALL and total.device.type == "cpu":
+                weighted = stack.double() * updates.weights.view(-1, *[1] * total.dim())
+                # A running sum adds one after another; a sum might add in pairs.
+                total.copy_(torch.cat([total[None], weighted]).cumsum(0)[-1])
+            else:
+                for row, weight in zip(stack, weights, strict=True):
+                    total.add_(row.double(), alpha=weight)
+        return Sums(sums.delta, sum(weights, sums.weight), sums.clients + len(weights))
 
     def merge(left: Sums, right: Sums) -> Sums:
-        delta = map_tree(torch.add, left.delta, right.delta)
-        return Sums(delta, left.weight + right.weight, left.clients + right.clients)
+        for name, total in left.delta.items():
+            total.add_(right.delta[name])
+        return Sums(left.delta, left.weight + right.weight, left.clients + right.clients)
 
     def finish(sums: Sums) -> Combined:
         delta = map_tree(lambda t: t / sums.weight, sums.delta)

@@ -189,7 +189,8 @@ def test_a_run_that_fails_says_what_is_kept(say: Say, monkeypatch: pytest.Monkey
         real(self, run_id, result, checkpoint=checkpoint)
 
     monkeypatch.setattr(RunStore, "commit", failing)
-    code, _, err = say("simulate", "run.toml", "--store", "full")
+    sets = ["--set", "run.checkpoint_seconds=0"]
+    code, _, err = say("simulate", "run.toml", "--store", "full", *sets)
     assert code == 1
     assert "error: store: the disk is full; free space, then resume" in err
     assert "committed rounds are kept; go on with: umbel simulate --resume" in err
