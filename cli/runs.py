@@ -61,6 +61,7 @@ def show(run: RunArgument, store: StoreOption = "runs", format: FormatOption = F
                 "model": str(model) if model.is_file() else None,
                 "configuration": entry.configuration,
                 "versions": entry.versions,
+                "engine_plan": entry.engine_plan,
                 "history": history,
             }
         )
@@ -76,6 +77,8 @@ def show(run: RunArgument, store: StoreOption = "runs", format: FormatOption = F
     rows = [(k, v) for k, v in flat(entry.configuration).items() if v is not None]
     output.table(["configuration", ""], [(k, _toml(v)) for k, v in rows], left=2)
     output.table(["version", ""], list(entry.versions.items()), left=2)
+    if plan := entry.engine_plan:
+        output.table(["engine plan", ""], list(flat(plan).items()), left=2)
     if model.is_file():
         print(f"model: {model}")
     elif entry.status != "running" and entry.rounds_done < entry.rounds_planned:

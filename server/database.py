@@ -30,6 +30,7 @@ run_table = sa.Table(
     sa.Column("rounds_done", sa.Integer, nullable=False),
     sa.Column("configuration", sa.Text, nullable=False),
     sa.Column("versions", sa.Text, nullable=False),
+    sa.Column("engine_plan", sa.Text, nullable=False),
     sa.Column("error", sa.Text, nullable=False),
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("host", sa.Text, nullable=False),

@@ -32,6 +32,7 @@ class RunEntry:
         rounds_done: committed rounds.
         configuration: the resolved run file, as plain values.
         versions: what it was made with.
+        engine_plan: how its engine computed, and why so; empty where nothing was chosen.
         error: why it failed, or empty.
         pid: of the process that last ran it.
         host: of that process.
@@ -49,6 +50,7 @@ class RunEntry:
     rounds_done: int
     configuration: Mapping[str, Any]
     versions: Mapping[str, Any]
+    engine_plan: Mapping[str, Any]
     error: str
     pid: int
     host: str
@@ -90,6 +92,7 @@ class RunEntry:
             table["status"] = "interrupted"
         table["configuration"] = json.loads(table["configuration"])
         table["versions"] = json.loads(table["versions"])
+        table["engine_plan"] = json.loads(table["engine_plan"])
         last = json.loads(row["record"]) if row["record"] else {}
         return cls(run_id=row["id"], metrics=last.get("metrics", {}), **table)
 

@@ -18,15 +18,17 @@ process killed anywhere loses only rounds that nobody was shown.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from umbel.core.errors import InputError, RunError
+from umbel.core.errors import InputError, RunError, UmbelError
 from umbel.core.versions import versions
 from umbel.server import checkpoints, entries, journal, locks
 from umbel.server.checkpoints import Checkpoint
@@ -98,12 +100,18 @@ class RunStore:
             "rounds_done": 0,
             "configuration": json.dumps(configuration),
             "versions": json.dumps(made_with),
+            "engine_plan": "{}",
             "error": "",
             **_process(),
         }
         with self._database.write() as connection:
             journal.create(connection, row)
         return run_id
+
+    def keep_plan(self, run_id: str, plan: Mapping[str, Any]) -> None:
+        """Enters how the engine computes, before the first round that it computed is committed."""
+        with self._database.write() as connection:
+            journal.update(connection, run_id, {"engine_plan": json.dumps(dict(plan))})
 
     def commit(self, run_id: str, result: RoundResult, *, checkpoint: bool) -> None:
         """Commits a round with its checkpoint, or holds it back until the next one that has.
@@ -114,8 +122,9 @@ class RunStore:
         """
         if run_id not in self._locks:
             raise ValueError(f"run {run_id} was neither created nor reopened by this store")
-        records, _ = self._held.get(run_id, ([], None))
-        self._held[run_id] = ([*records, result.record], result)
+        records = self._held[run_id][0] if run_id in self._held else []
+        records.append(result.record)
+        self._held[run_id] = (records, result)
         if checkpoint:
             self._flush(run_id)
 
@@ -219,8 +228,8 @@ class RunStore:
     def finish(self, run_id: str, status: Ended, *, error: str = "") -> None:
         """Ends a run: commits rounds held back, writes ``model.safetensors``, sets the status.
 
-        A failed run's held rounds are dropped instead, since writing may be what failed; a resumed
-        run repeats them.
+        Writing may be what failed: then a failed run's held rounds are dropped, and a resumed run
+        repeats them.
 
         Raises:
             RunError: the disk is full, or the store is locked or broken.
@@ -229,6 +238,8 @@ class RunStore:
         if run_id not in self._locks:
             raise ValueError(f"run {run_id} was neither created nor reopened by this store")
         if status == "failed":
+            with contextlib.suppress(UmbelError):
+                self._flush(run_id)
             self._held.pop(run_id, None)
         else:
             self._flush(run_id)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 # A machine under load is no reason to fail.
 settings.register_profile("umbel", deadline=None)
 settings.load_profile("umbel")
+
+# A shell that starts us in the background has us, and all children, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Plans of the engine that tests find, also those in processes of their own, stay among tests.
 _cache = tempfile.TemporaryDirectory(prefix="umbel-tests-")

@@ -121,7 +121,7 @@ def test_a_column_of_targets_is_not_broadcast() -> None:
         (
             MNIST,
             {"kind": "classification", "model": {"name": "mlp", "hidden": [0]}},
-            "hidden.* greater than or equal to 1",
+            r"hidden\[0\] = 0: must be a whole number at least 1",
         ),
         (TABLE, {"kind": "classification", "model": "cnn"}, "takes images"),
         (TEXT, {"kind": "classification", "model": "mlp"}, "takes numbers"),
