@@ -16,11 +16,14 @@ from umbel.simulations.plan import WHERE, Choice, EnginePlan
 STEPS = 2
 """Steps that a client takes in the trial."""
 
-SECONDS = 0.1
-"""About how long one repetition of a candidate may take: fewer clients than a chunk, if need be."""
+FIRST = 5
+"""Clients of the smallest chunk that is tried; from there it doubles while that pays."""
 
-CACHED = (5, 10)
-"""Clients whose activations, or parameters, a processor's cache may hold."""
+SECONDS = 0.2
+"""About how long one repetition of a candidate may take: no larger chunk is tried beyond."""
+
+GAIN = 0.95
+"""A larger chunk must take this share of the time for one client, or less."""
 
 TOGETHER = 8
 """Clients of a chunk where they are trained one after another anyway: what a failure repeats."""
@@ -57,7 +60,7 @@ def choose(
                 where=WHERE,
                 fix="leave the plan out, and one is chosen",
             ) from None
-    key = plan_cache.key(subject, examination.batch, most)
+    key = plan_cache.key(subject, examination.given, most)
     if (known := _recall(key)) is not None:
         try:
             return known, trial.make(known.plan.kernel, subject, examination)
@@ -89,36 +92,37 @@ def _compare(
     if list(made) == ["lean"]:
         return Choice(lean, "trial", {}, refused), made["lean"]
 
-    plans = [lean]
-    if "stacked" in made:
-        plans += [
-            EnginePlan("stacked"),
-            *(EnginePlan("stacked", n) for n in CACHED[1:] if n < most),
-        ]
-    if "grouped" in made:
-        small = [EnginePlan("grouped", chunk) for chunk in CACHED if chunk < most]
-        whole = EnginePlan("grouped", None)
-        plans += [whole] if subject.runtime.device.type != "cpu" else small or [whole]
-    if "vmap" in made:
-        plans.append(EnginePlan("vmap"))
-    seconds: dict[EnginePlan, float] = {}
-    for plan in plans:
-        clients = min(most, plan.chunk or most)
-        if plan is lean:
-            clients = 1
-        else:
-            clients = max(min(clients, 2), min(clients, int(SECONDS / seconds[lean])))
-        best = min(seconds.values(), default=float("inf"))
-        try:
-            work = sample(clients, STEPS)
-            seconds[plan] = _seconds(made[plan.kernel], anchor, work, lr, best)
-        except UmbelError:
-            raise
-        except Exception:  # a client's data, which that client will answer for; times say nothing
-            return Choice(plans[1], "default", {}, refused), made[plans[1].kernel]
+    def measure(plan: EnginePlan, clients: int, best: float) -> float:
+        return _seconds(made[plan.kernel], anchor, sample(clients, STEPS), lr, best)
+
+    others = [name for name in made if name != "lean"]
+    try:
+        seconds = {lean: measure(lean, 1, float("inf"))}
+        start = max(2, min(FIRST, int(SECONDS / seconds[lean])))
+        for name in others:
+            seconds |= _climb(name, min(start, most), most, measure)
+    except UmbelError:
+        raise
+    except Exception:  # a client's data, which that client will answer for; times say nothing
+        usual = EnginePlan(others[0], min(FIRST, most) if others[0] == "grouped" else None)
+        return Choice(usual, "default", {}, refused), made[usual.kernel]
     fastest = min(seconds, key=lambda plan: seconds[plan])
     figures = {str(plan): value for plan, value in seconds.items()}
     return Choice(fastest, "trial", figures, refused), made[fastest.kernel]
+
+
+def _climb(
+    name: str, start: int, most: int, measure: Callable[[EnginePlan, int, float], float]
+) -> dict[EnginePlan, float]:
+    """Times chunks of a kernel, each twice as large, while that pays and there is room."""
+    found: dict[EnginePlan, float] = {}
+    clients, best = start, float("inf")
+    while True:
+        plan = EnginePlan(name, clients if clients < most else None)
+        found[plan] = measure(plan, clients, best)
+        if found[plan] > GAIN * best or clients == most or found[plan] * clients > SECONDS:
+            return found
+        clients, best = min(2 * clients, most), found[plan]
 
 
 def _seconds(kernel: Kernel, anchor: Tree, work: Chunk, lr: float, best: float) -> float:

@@ -89,14 +89,14 @@ def test_text(text):
 )
 def test_text_that_is_no_plan(text, says):
     with pytest.raises(InputError, match=says):
-        engine(plan=text)
+        EnginePlan.parse(text)
 
 
 def test_the_fastest_of_the_trial_is_taken_and_remembered(cache):
     first, delta = record_of()
     assert first["source"] == "trial"
     assert first["refused"] == {"grouped": "it has no convolution"}
-    assert set(first["seconds_per_client"]) == {"lean:chunk=8", "stacked", "stacked:chunk=10"}
+    assert {"lean:chunk=8", "stacked:chunk=5"} <= first["seconds_per_client"].keys()
     assert first["plan"] == min(first["seconds_per_client"], key=first["seconds_per_client"].get)
     assert len(json.loads(cache.read_text())) == 1
 
