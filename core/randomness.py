@@ -41,7 +41,14 @@ def key(seed: int, purpose: str, *coordinates: int | str) -> np.uint64:
 
 def client_keys(seed: int, purpose: str, round_number: int, clients: Sequence[str]) -> U64:
     """One key a client, shape (clients,); each is ``key(seed, purpose, round_number, client)``."""
-    return np.array([key(seed, purpose, round_number, c) for c in clients], dtype=np.uint64)
+    # What the texts of all keys begin with is hashed once: this runs for each client of a round.
+    begun = hashlib.blake2b(f"{seed}\x1f{purpose}\x1f{round_number}\x1f".encode(), digest_size=8)
+    digests = []
+    for client in clients:
+        stream = begun.copy()
+        stream.update(client.encode())
+        digests.append(stream.digest())
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 
 def permutation(stream: np.uint64, n: int) -> npt.NDArray[np.int64]:

@@ -66,7 +66,8 @@ class Numbered(Sequence[str]):
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._width = len(str(max(count - 1, 0)))
+        self._length = 1 + len(str(max(count - 1, 0)))
+        self._form = f"c%0{self._length - 1}d"
 
     def __len__(self) -> int:
         return self._count
@@ -77,16 +78,16 @@ class Numbered(Sequence[str]):
     def __getitem__(self, place: slice) -> list[str]: ...
     def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(self._count))]
+            return [self._form % i for i in range(*place.indices(self._count))]
         if not -self._count <= place < self._count:
             raise IndexError(place)
-        return f"c{place % self._count:0{self._width}d}"
+        return self._form % (place % self._count)
 
     def index(self, name: Any, start: int = 0, stop: int | None = None) -> int:
         """The place of ``name``, without a search."""
-        if isinstance(name, str) and name[:1] == "c" and name[1:].isdigit():
-            place = int(name[1:])
-            if place < self._count and self[place] == name:
+        if isinstance(name, str) and len(name) == self._length and name[0] == "c":
+            digits = name[1:]
+            if digits.isdecimal() and digits.isascii() and (place := int(digits)) < self._count:
                 return place
         raise ValueError(f"no client {name!r}")
 

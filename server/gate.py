@@ -66,26 +66,36 @@ class Gate:
 
     def check(self, updates: Updates) -> Passed:
         """Splits ``updates`` into those that may be combined and those that may not."""
-        reasons = [self._identity(updates.round, client) for client in updates.clients]
+        reasons = self._identities(updates)
         if whole := self._structure(updates):
             reasons = [reason or whole for reason in reasons]
         else:
-            finite = self._finite(updates.delta)
-            for row, weight in enumerate(updates.weights.tolist()):
-                reasons[row] = reasons[row] or finite[row] or _weight(weight)
-        valid = [row for row, reason in enumerate(reasons) if not reason]
-        failures = [
-            Failure(client, reason)
-            for client, reason in zip(updates.clients, reasons, strict=True)
-            if reason
-        ]
-        kept = updates if len(valid) == len(reasons) else _rows(updates, valid)
-        heavy = (kept.weights > self._cap).tolist() if valid else []
-        capped = [c for c, above in zip(kept.clients, heavy, strict=True) if above]
-        if capped:
+            for found in (self._finite(updates.delta), _weights(updates.weights)):
+                reasons = [reason or other for reason, other in zip(reasons, found, strict=True)]
+        kept, failures = updates, []
+        if any(reasons):
+            kept = _rows(updates, [row for row, reason in enumerate(reasons) if not reason])
+            pairs = zip(updates.clients, reasons, strict=True)
+            failures = [Failure(client, reason) for client, reason in pairs if reason]
+        capped: list[str] = []
+        if len(kept.clients) and bool((heavy := kept.weights > self._cap).any()):
+            capped = [c for c, above in zip(kept.clients, heavy.tolist(), strict=True) if above]
             weights = kept.weights.clamp(max=self._cap)
             kept = Updates(kept.round, kept.clients, kept.delta, weights, kept.metrics)
         return Passed(kept, failures, capped)
+
+    def _identities(self, updates: Updates) -> list[str]:
+        """For each row, what is wrong with who sent it and when, or nothing."""
+        names = set(updates.clients)
+        if (
+            updates.round == self._round
+            and len(names) == len(updates.clients)
+            and names <= self._asked
+            and not names & self._seen
+        ):
+            self._seen |= names
+            return [""] * len(names)
+        return [self._identity(updates.round, client) for client in updates.clients]
 
     def _identity(self, round_number: int, client: str) -> str:
         if client not in self._asked:
@@ -136,6 +146,13 @@ def _all_finite(tensor: Tensor) -> bool:
     # One pass without a mask in memory: a sum is finite unless a value is not, or it overflows,
     # and then the slow look decides.
     return bool(tensor.sum().isfinite())
+
+
+def _weights(weights: Tensor) -> list[str]:
+    """For each row, what is wrong with its weight, or nothing."""
+    if bool((weights.isfinite() & (weights > 0)).all()):
+        return [""] * len(weights)
+    return [_weight(weight) for weight in weights.tolist()]
 
 
 def _weight(weight: float) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from umbel.core import run_file
 from umbel.core.errors import RunError
 from umbel.core.payloads import Failure, Federation, Folded, TrainPlan, Updates
@@ -104,11 +106,13 @@ class Cohort:
         """Folds valid updates in."""
         self.sums = combiner.add(self.sums, updates)
         self.participants.extend(updates.clients)
-        for name, values in updates.metrics.items():
-            finite = values.isfinite()
+        weights = updates.weights.cpu().numpy()
+        for name, metric in updates.metrics.items():
+            values = metric.cpu().numpy()
+            counted = np.where(np.isfinite(values), weights, 0.0)
             total = self.totals.setdefault(name, [0.0, 0.0])
-            total[0] += float((values * updates.weights)[finite].sum())
-            total[1] += float(updates.weights[finite].sum())
+            total[0] += float(np.dot(np.where(counted, values, 0.0), counted))
+            total[1] += float(counted.sum())
 
     def merge(self, part: Cohort, combiner: Combiner) -> None:
         """Folds in what other clients came to."""

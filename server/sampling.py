@@ -57,11 +57,11 @@ def sample(clients: Sequence[str], section: Strategy, seed: int, round_number: i
 def _distinct(stream: np.uint64, count: int, n: int) -> list[int]:
     """``count`` distinct places of 0 … n-1, uniform, in random order."""
     if 2 * count > n:
-        return [int(i) for i in randomness.permutation(stream, n)[:count]]
+        return list(randomness.permutation(stream, n)[:count].tolist())
     # The first `count` distinct draws with replacement are a uniform draw without. The bias of the
     # modulus is below n / 2**64.
     draws = randomness.mix(stream, np.arange(4 * count + 64, dtype=np.uint64)) % np.uint64(n)
-    distinct = list(dict.fromkeys(int(i) for i in draws))
+    distinct = list(dict.fromkeys(draws.tolist()))
     if len(distinct) < count:  # practically never; then the slow way
-        return [int(i) for i in randomness.permutation(stream, n)[:count]]
+        return list(randomness.permutation(stream, n)[:count].tolist())
     return distinct[:count]
