@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from umbel.core.errors import UmbelError
 from umbel.core.payloads import Federation
@@ -25,6 +26,7 @@ def conduct(
     model: Model,
     evaluate: Evaluate,
     on_round: Callable[[RoundRecord], None],
+    commit_seconds: float,
 ) -> Ended:
     """Runs what is left of a run, and ends it in the store, however it ends.
 
@@ -37,6 +39,7 @@ def conduct(
         model: the initial global model, for a run without a committed round.
         evaluate: (round, model) -> scores.
         on_round: called after each round.
+        commit_seconds: at least this long between two commits; 0 commits every round.
 
     Returns:
         ``finished``, or ``interrupted`` by Ctrl-C.
@@ -52,10 +55,14 @@ def conduct(
         else:
             start = Start(saved.round, saved.model, saved.state)
         last = time.monotonic()
+        plan: Mapping[str, Any] | None = None
         for result in rounds(run, strategy, federation, start, evaluate):
             now = time.monotonic()
             final = result.record.round == run.run.rounds
-            due = final or now - last >= run.run.checkpoint_seconds
+            if plan is None:
+                plan = federation.plan_record()
+                store.keep_plan(run_id, plan)
+            due = final or now - last >= commit_seconds
             store.commit(run_id, result, checkpoint=due)
             last = now if due else last
             on_round(result.record)

@@ -68,6 +68,7 @@ def serve(
         Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers)),
         evaluation(run, federation, task, module, None, "cpu"),
         on_round,
+        commit_seconds=0.0,  # people's machines have worked for it
     )
     if status == "interrupted":
         raise KeyboardInterrupt

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from umbel.core import registry
 from umbel.core.errors import InputError
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.core.versions import versions
 from umbel.server.conduct import conduct
+from umbel.server.entries import RunEntry
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
 from umbel.server.store import RunStore
@@ -93,8 +96,10 @@ def simulate(
     prepared = prepare(run)
     store = RunStore(run.run.store)
     if resume is not None:
-        resume = store.get(resume).run_id
-        _same_run(run, stored_run(run.run.store, resume), resume)
+        entry = store.get(resume)
+        resume = entry.run_id
+        _same_run(run, entry.run, resume)
+        run = _as_it_computed(run, entry)
     federation: Federation = make_engine(
         run, prepared.data, prepared.task, prepared.strategy.client, announce
     )
@@ -105,7 +110,7 @@ def simulate(
             run_id = resume
             if note := store.reopen(run_id, run):
                 announce(note)
-            _same_versions(store.get(run_id).versions, announce)
+            _same_versions(entry.versions, announce)
         status = conduct(
             store,
             run_id,
@@ -117,6 +122,7 @@ def simulate(
                 run, federation, prepared.task, prepared.module, prepared.data.test, device="cpu"
             ),
             lambda record: on_round(record, run.run.rounds),
+            run.run.checkpoint_seconds,
         )
     finally:
         federation.close()
@@ -140,10 +146,11 @@ def stored_run(store: str, run_id: str) -> RunFile:
 
 
 def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
-    """Refuses to go on with another configuration; only ``rounds`` may differ."""
+    """Refuses to go on with another configuration; ``rounds`` and how it is run may differ."""
     left, right = given.model_dump(mode="json"), stored.model_dump(mode="json")
     for table in (left, right):
-        table["run"].pop("store")
+        for key in ("store", "checkpoint_seconds", "processes", "engine_plan"):
+            table["run"].pop(key)
     growing = left["run"].pop("rounds") != right["run"].pop("rounds")
     if growing and given.client.model_dump()["schedule"] != "constant":
         raise InputError(
@@ -162,9 +169,18 @@ def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
                 )
 
 
+def _as_it_computed(run: RunFile, entry: RunEntry) -> RunFile:
+    """The run with the engine plan, and this process with the threads, that it had: same bits."""
+    threads = entry.versions.get("threads")
+    if isinstance(threads, int) and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    plan = run.run.engine_plan or entry.engine_plan.get("plan")
+    return run.model_copy(update={"run": run.run.model_copy(update={"engine_plan": plan})})
+
+
 def _same_versions(stored: Mapping[str, Any], announce: Callable[[str], None]) -> None:
     now = versions()
-    changed = sorted(k for k in ("torch", "numpy", "threads") if stored.get(k) != now.get(k))
+    changed = sorted(k for k in ("umbel", "torch", "numpy") if stored.get(k) != now.get(k))
     for name in changed:
         announce(
             f"{name} was {stored.get(name)} and is {now.get(name)}: "

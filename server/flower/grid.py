@@ -6,9 +6,9 @@ Be it the grid of a deployment or of Flower's own simulation: the round loop doe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -140,6 +140,10 @@ class GridFederation:
                 yield Failure(client, f"evaluated on {said:g} examples, declared {held}")
             else:
                 yield Evaluation(client, held, reply[0].means())
+
+    def plan_record(self) -> Mapping[str, Any]:
+        """Nothing was chosen."""
+        return {}
 
     def close(self) -> None:
         """Ends what is behind the grid, where it was opened for this federation."""

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile, resolve
@@ -98,6 +100,20 @@ def inline(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k} = {inline(v)}" for k, v in value.items()) + "}"
     return json.dumps(value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    # As many as the children below have: how a product is cut decides its last bits. The product
+    # itself goes on with the threads that a run began with.
+    threads, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(threads)
+    os.environ.pop("OMP_NUM_THREADS")
+    if asked is not None:
+        os.environ["OMP_NUM_THREADS"] = asked
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +230,22 @@ def test_ctrl_c_and_term_leave_a_resumable_run(
     outcome = simulate(run, resume=told["run_id"])
     assert outcome.model is not None
     assert tensors(Path(outcome.model)) == undisturbed[0]
+
+
+def test_a_run_goes_on_with_the_threads_and_the_plan_that_it_began_with(tmp_path: Path) -> None:
+    run = resolve(table(tmp_path))
+    first = simulate(run)
+    begun = RunStore(tmp_path).get(first.run_id)
+    assert begun.engine_plan["plan"]
+    assert begun.versions["threads"] == 1
+    torch.set_num_threads(2)
+    longer = run.model_copy(update={"run": run.run.model_copy(update={"rounds": 6})})
+    grown = simulate(longer, resume=first.run_id)
+    assert torch.get_num_threads() == 1
+    assert grown.rounds == 6
+    assert RunStore(tmp_path).get(first.run_id).engine_plan["source"] == "pinned"
+    other = run.model_copy(update={"run": run.run.model_copy(update={"engine_plan": "lean"})})
+    assert RunStore(tmp_path).get(simulate(other).run_id).engine_plan["plan"] == "lean"
 
 
 def test_resume_with_another_configuration_is_refused(tmp_path: Path) -> None:
