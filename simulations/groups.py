@@ -30,6 +30,8 @@ class Group(NamedTuple):
 def groups(dealt: Sequence[Places], costs: Sequence[float]) -> list[Group]:
     """Joins consecutive chunks to at most :data:`MOST` groups of about the same cost.
 
+    Up to so many chunks, each is a group of its own.
+
     A function of the cohort and the plan alone, and not of the number of processes: sums are taken
     within a group, and then over the groups in their order, and another cut would give other bits.
 
@@ -37,12 +39,13 @@ def groups(dealt: Sequence[Places], costs: Sequence[float]) -> list[Group]:
         dealt: the chunks.
         costs: of each, above 0.
     """
-    ends = np.cumsum(np.asarray(costs, np.float64))
-    # By the middle of a chunk, so that the groups lie as close to equal shares as they can.
-    share = ends[-1] / min(MOST, len(dealt))
-    of = np.minimum((ends - np.asarray(costs) / 2) // share, MOST - 1)
+    if len(dealt) <= MOST:
+        return [Group([chunk], cost) for chunk, cost in zip(dealt, costs, strict=True)]
+    # A chunk goes where its middle lies, so that the groups are as near to equal as they can be.
+    ends = np.cumsum(costs)
+    of = np.minimum((ends - np.asarray(costs) / 2) // (ends[-1] / MOST), MOST - 1)
     starts = [0, *(np.flatnonzero(np.diff(of)) + 1).tolist(), len(dealt)]
     return [
-        Group(list(dealt[start:end]), float(sum(costs[start:end])))
+        Group(list(dealt[start:end]), sum(costs[start:end]))
         for start, end in itertools.pairwise(starts)
     ]
