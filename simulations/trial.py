@@ -16,6 +16,7 @@ from umbel.core import randomness
 from umbel.core.errors import UmbelError
 from umbel.core.trees import Tree, map_tree, norm, subtract
 from umbel.simulations.kernels.build import KERNELS
+from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Kernel, Obstacle, Subject
 from umbel.simulations.kernels.lean import Lean
 from umbel.simulations.kernels.stepping import Gradients
@@ -33,6 +34,10 @@ larger: one such window of a large image moved a gradient by 3e-3. Hence float64
 
 HALF = 5e-2
 """The same under autocast."""
+
+
+DRAWS = randomness.torch_seed(0, "trial")
+"""The seed of a model that draws."""
 
 
 class Examination(NamedTuple):
@@ -96,9 +101,6 @@ def _examine(
         obstacle = "the loss of a batch is not a mean over its examples"
     elif changed is not None:
         obstacle = f"its buffer '{changed}' changes in training"
-    elif draws:
-        obstacle = "it draws random numbers in training"
-    # With a scale of its own, or from other draws, the second gradient would say nothing.
     second = plain if obstacle else _plain(runtime, module, head)[0]
     pair = (plain, second)
     return Examination(obstacle, draws, saved // size, module, batch, batch, pair, tolerance)
@@ -142,18 +144,21 @@ def _pair(subject: Subject, name: str, batch: Batch) -> list[Tree]:
     pair = {name: torch.stack([column, column]) for name, column in batch.items()}
     params = {n: p.detach() for n, p in subject.module.named_parameters() if p.requires_grad}
     stacks = {name: torch.stack([p, p]) for name, p in params.items()}
+    found: list[Tree] = []
     counts = torch.tensor([size, max(size - 1, 1)], device=runtime.device)
     with (
         devices.autocast(runtime.device, runtime.run.client),
         warnings.catch_warnings(record=True) as warned,
     ):
         warnings.simplefilter("always")
-        found = [gradients(stacks, params, pair, n)[0] for n in (None, counts)]
+        for own in (None, counts):
+            draws = Draws([DRAWS, DRAWS], runtime.device) if subject.draws else None
+            found.append(gradients(stacks, params, pair, own, draws)[0])
     # Torch then runs that operation client by client, which is no faster than the plain loop.
     texts = (str(w.message) for w in warned)
     if missing := [m for m in (re.search(r"batching rule for ([\w:]+)", t) for t in texts) if m]:
         raise Obstacle(f"torch has no batching rule for {missing[0][1]}")
-    return list(found)
+    return found
 
 
 def _plain(
@@ -173,7 +178,7 @@ def _plain(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with devices.seeded(runtime.device, randomness.torch_seed(0, "trial")):
+    with devices.seeded(runtime.device, DRAWS):
         before = _generator_state(runtime.device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             with devices.autocast(runtime.device, runtime.run.client):

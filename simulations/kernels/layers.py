@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from umbel.core.trees import Tree
+from umbel.simulations.kernels.draws import Draw
 from umbel.simulations.kernels.kernel import Obstacle
 
 
@@ -213,10 +214,24 @@ def _identity(module: nn.Module, find: Finder) -> Layer:
     return identity
 
 
+def dropout(probability: float) -> Layer:
+    """Dropout; takes what draws the masks as well."""
+    if probability == 1:
+        raise Obstacle("a dropout of everything")
+
+    def layer(params: Tree, x: Value, draw: Draw | None) -> Value:
+        if not probability:
+            return x
+        assert draw is not None
+        rows = x.as_rows()
+        kept = draw(rows, 1 - probability)
+        return Value(rows * kept * (1 / (1 - probability)), x.clients, False)
+
+    return layer
+
+
 def _dropout(module: nn.Dropout, find: Finder) -> Layer:
-    if module.p:
-        raise Obstacle("it draws random numbers in training")
-    return identity
+    return dropout(module.p)
 
 
 def _activation(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Finder], Layer]:

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from umbel.client import devices, optimizers
 from umbel.core.trees import Tree
+from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Chunk, Subject, Trained
 from umbel.tasks.task import Batch
 
 Gradients: TypeAlias = Callable[
-    [Tree, Tree, Batch, Tensor | None], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+    [Tree, Tree, Batch, Tensor | None, Draws | None],
+    tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
 ]
-"""(parameters (n, *shape), global parameters, batch (n, B, …), counts (n,)) -> the gradients, and
-the sums of the figures (n,), of the first ``counts`` examples of each, or of all where ``None``."""
+"""(parameters (n, *shape), global parameters, batch (n, B, …), counts (n,), draws) -> the
+gradients, and the sums of the figures (n,), of the first ``counts`` examples of each; of all B
+where that is ``None``."""
 
 
 def train(
@@ -42,6 +45,7 @@ def train(
     clients = chunk.clients()
     params = {name: lay(p.expand(clients, *p.shape).clone()) for name, p in anchor.items()}
     optimizer = optimizers.Stacked(section, lr)
+    draws = None if chunk.seeds is None else Draws(chunk.seeds, device)
     totals: dict[str, Tensor] = {}
     moving, views = clients, params
     for step, active in enumerate(chunk.active):
@@ -49,7 +53,7 @@ def train(
             moving, views = active, {name: p[:active] for name, p in params.items()}
         counts = None if chunk.full[step] else chunk.counts[step, :active]
         with devices.autocast(device, section):
-            gradient, sums = gradients(views, anchor, chunk.batch(step), counts)
+            gradient, sums = gradients(views, anchor, chunk.batch(step), counts, draws)
         optimizer.step(list(views.values()), [gradient[name] for name in views])
         if totals:
             for name, value in sums.items():

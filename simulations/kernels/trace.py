@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from umbel.core.trees import Tree
 from umbel.simulations.kernels import layers
+from umbel.simulations.kernels.draws import Draw
 from umbel.simulations.kernels.kernel import Obstacle
 from umbel.simulations.kernels.layers import Layer, Value
 from umbel.simulations.residents import reason
@@ -39,11 +40,13 @@ class Program(NamedTuple):
     steps: list[Step]
     result: int
 
-    def __call__(self, params: Tree, clients: int, inputs: Tensor) -> Tensor:
+    def __call__(self, params: Tree, clients: int, inputs: Tensor, draw: Draw | None) -> Tensor:
         """(clients, B, …) -> (clients, B, …), for the parameters (clients, *shape)."""
         values = {0: Value(inputs, clients, False)}
         for step in self.steps:
-            values[step.place] = step.layer(params, *[values[at] for at in step.reads])
+            reads = [values[at] for at in step.reads]
+            extra = (draw,) if step.kind is nn.Dropout else ()
+            values[step.place] = step.layer(params, *reads, *extra)
         return values[self.result].as_rows()
 
     def has(self, *kinds: Any) -> bool:
@@ -120,6 +123,9 @@ def _step(
         return target, layers.elementwise(layers.FUNCTIONS[target]), [args[0]]
     if target in layers.POOLINGS and not any(isinstance(a, fx.Node) for a in node.args[1:]):
         return target, layers.pooling_by(layers.POOLINGS[target], args[1:], options), [args[0]]
+    if target is F.dropout and len(args) == 1 and options.keys() <= {"p", "training", "inplace"}:
+        share: Any = options.get("p", 0.5) if options.get("training", True) else 0.0
+        return nn.Dropout, layers.dropout(share), [args[0]]
     start = (*args[1:], *options.items())
     if target in ("flatten", torch.flatten) and start in ((1,), (1, -1), (("start_dim", 1),)):
         return nn.Flatten, layers.flatten, [args[0]]

@@ -15,6 +15,7 @@ from torch.func import vmap
 
 from umbel.core.trees import Tree
 from umbel.simulations.kernels import stepping
+from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
 from umbel.simulations.kernels.trace import Program, trace
 from umbel.strategies.parts import ClientRule, Local
@@ -30,7 +31,7 @@ class Grouped:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        program = trace(subject.module)
+        program = _program(subject)
         if not program.has(nn.Conv2d):
             raise Obstacle("it has no convolution")
         self.gradients = gradients(subject.runtime.task, subject.runtime.rule, program)
@@ -45,7 +46,7 @@ class Stacked:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        program = trace(subject.module)
+        program = _program(subject)
         if program.has(nn.Conv2d):
             raise Obstacle("it has a convolution")
         self.gradients = gradients(subject.runtime.task, subject.runtime.rule, program)
@@ -53,6 +54,12 @@ class Stacked:
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
         return stepping.train(self._subject, self.gradients, anchor, chunk, lr)
+
+
+def _program(subject: Subject) -> Program:
+    if subject.draws and subject.runtime.run.client.accumulation > 1:
+        raise Obstacle("its draws depend on the micro-batches")
+    return trace(subject.module)
 
 
 def gradients(task: Task, rule: ClientRule, program: Program) -> stepping.Gradients:
@@ -63,15 +70,15 @@ def gradients(task: Task, rule: ClientRule, program: Program) -> stepping.Gradie
     """
 
     def compute(
-        params: Tree, anchor: Tree, batch: Batch, counts: Tensor | None
+        params: Tree, anchor: Tree, batch: Batch, counts: Tensor | None, draws: Draws | None
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         clients, size = next(iter(batch.values())).shape[:2]
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        draw = None if draws is None else draws.of_batch(counts)
 
         def forward(inputs: Tensor) -> Tensor:
-            return program(leaves, clients, inputs.view(clients, size, *inputs.shape[1:])).flatten(
-                0, 1
-            )
+            apart = inputs.view(clients, size, *inputs.shape[1:])
+            return program(leaves, clients, apart, draw).flatten(0, 1)
 
         losses, figures = per_example(
             task, forward, {name: column.flatten(0, 1) for name, column in batch.items()}

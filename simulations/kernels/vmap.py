@@ -11,7 +11,8 @@ from torch.func import vmap as over_clients
 
 from umbel.core.trees import Tree
 from umbel.simulations.kernels import stepping
-from umbel.simulations.kernels.kernel import Chunk, Subject, Trained
+from umbel.simulations.kernels.draws import Draws
+from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
 from umbel.strategies.parts import ClientRule, Local
 from umbel.tasks.evaluate import add_sums, per_example
 from umbel.tasks.task import Batch, Task
@@ -21,6 +22,8 @@ class Vmap:
     """Trains a chunk as one computation of torch.func."""
 
     def __init__(self, subject: Subject) -> None:
+        if subject.draws:
+            raise Obstacle("it draws random numbers in training")
         self._subject = subject
         runtime = subject.runtime
         self.gradients = gradients(runtime.task, runtime.rule, subject.module)
@@ -60,7 +63,9 @@ def gradients(task: Task, rule: ClientRule, module: nn.Module) -> stepping.Gradi
     full = over_clients(one, in_dims=(0, None, 0, None))
     masked = over_clients(one, in_dims=(0, None, 0, 0))
 
-    def either(params: Tree, anchor: Tree, batch: Batch, counts: Tensor | None) -> Any:
+    def either(
+        params: Tree, anchor: Tree, batch: Batch, counts: Tensor | None, draws: Draws | None
+    ) -> Any:
         return (full if counts is None else masked)(params, anchor, batch, counts)
 
     return either

@@ -309,7 +309,7 @@ def batch_norm(**options):
     [
         (batch_norm, r"its buffer '2\.\w+' changes in training"),
         (lambda: batch_norm(track_running_stats=False), "examples of a batch act on each other"),
-        (lambda: nn.Sequential(mlp(), nn.Dropout(0.5)), "it draws random numbers in training"),
+        (lambda: nn.Sequential(mlp(), nn.AlphaDropout(0.5)), "it draws random numbers in training"),
         (Branching, r"RuntimeError: .*"),
         (Recurrent, r"torch has no batching rule for aten::\w+"),
     ],

@@ -242,6 +242,33 @@ def test_losses_are_the_tasks_own(build, plan, loss):
     assert_same(slow, fast)
 
 
+class Dropping(nn.Module):
+    """Draws in images and in rows, by a module and by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop = nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.3)
+        self.second, self.head = nn.Conv2d(4, 2, 3, stride=2), nn.Linear(18, 3)
+
+    def forward(self, x):
+        x = self.second(self.drop(torch.relu(self.first(x)))).flatten(1)
+        return self.head(functional.dropout(x, p=0.5, training=self.training))
+
+
+def dropping_mlp():
+    hidden = [nn.Linear(64, 9), nn.ReLU(), nn.Dropout(0.4), nn.Linear(9, 9), nn.Dropout(0.0)]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(9, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "plan"),
+    [(Dropping, "grouped:chunk=3"), (dropping_mlp, "stacked"), (dropping_mlp, "stacked:chunk=3")],
+)
+@pytest.mark.parametrize("client", [{}, {"batch_size": "full"}, {"momentum": 0.5}], ids=str)
+def test_dropout_takes_each_clients_own_draws(build, plan, client):
+    assert_same(stack(sequential, build, **client), train(vectorised, build, plan=plan, **client))
+
+
 def test_lean_draws_and_counts_as_the_runtime_does():
     def build():
         return nn.Sequential(
@@ -295,7 +322,7 @@ class Branching(nn.Module):
         (nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1)), "no kernel knows Softmax"),
         (nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"), "padding_mode = 'circular'"),
         (nn.Embedding(4, 3, padding_idx=0), "an option of an embedding"),
-        (nn.Dropout(0.5), "draws random numbers"),
+        (nn.Dropout(1.0), "a dropout of everything"),
         (nn.Flatten(2), "a Flatten of some dimensions"),
         (Viewed(), "no kernel knows 'view'"),
         (Branching(), "its forward pass cannot be traced"),
