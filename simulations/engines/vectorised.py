@@ -185,9 +185,10 @@ class Vectorised:
         room = max(1, self._memory // footprint.client(width))
         together = min(room, len(plan.clients), plan.wanted, self._largest or room)
 
+        order = np.argsort(-sizes, kind="stable")[:together]
+
         def sample(clients: int, steps: int) -> Chunk:
-            places = np.argsort(-sizes, kind="stable")[:clients]
-            return self._trainer.chunk(1, places, examination.draws, steps)
+            return self._trainer.chunk(1, order[:clients], examination.draws, steps)
 
         subject = self._trainer.subject(examination.draws)
         try:
