@@ -1,0 +1,1 @@
+"""What the engine benchmark is made of: work, systems, processes, environments, pictures."""

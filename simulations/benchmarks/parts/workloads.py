@@ -1,0 +1,232 @@
+"""What is computed: the two workloads, their files, their FLOPs and the floor they stand on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # torch takes seconds to load, and a --help needs none of it
+    from torch import nn
+
+
+class Workload(NamedTuple):
+    """One column of figures.
+
+    Args:
+        name: how the command line calls it.
+        title: what it is, in a line.
+        model: ``[task] model`` of the run file.
+        shape: of one example.
+        clients: how many there are.
+        examples: of each client.
+        cohort: clients a round.
+        batch: examples a step.
+        epochs: passes over a client's examples a round, or
+        steps: how many steps instead.
+        lr: of plain SGD.
+        rounds: of one repetition.
+        signal: how far the means of the ten classes lie apart; the noise is 1.
+    """
+
+    name: str
+    title: str
+    model: dict[str, Any]
+    shape: tuple[int, ...]
+    clients: int
+    examples: int
+    cohort: int
+    batch: int
+    epochs: int | None
+    steps: int | None
+    lr: float
+    rounds: int
+    signal: float
+
+
+CNN = {"name": "cnn", "channels": [16, 32], "kernel": 3, "hidden": 40}
+LOGISTIC = {"name": "logistic"}
+W1 = Workload(
+    "W1",
+    "1 000 clients of 50 images 28 x 28, cohort 100, one epoch, batch 10, SGD 0.05, CNN",
+    CNN, (1, 28, 28), 1000, 50, 100, 10, 1, None, 0.05, 6, 1.0,
+)  # fmt: skip
+W2 = Workload(
+    "W2",
+    "100 clients, all in each round, one step of 10, logistic regression 64 to 10",
+    LOGISTIC, (64,), 100, 50, 100, 10, None, 1, 0.05, 40, 0.3,
+)  # fmt: skip
+WORKLOADS = {"W1": W1, "W2": W2}
+
+
+class Files(NamedTuple):
+    """A workload on disk, the same for every system.
+
+    Args:
+        data: .npz with x, y and client.
+        init: .npz with the initial parameters.
+        run_file: of Umbel.
+        scored: .npz with the examples that the final models are compared on.
+    """
+
+    data: Path
+    init: Path
+    run_file: Path
+    scored: Path
+
+
+SCORED = 10_000
+"""Examples, at most, that the final models are compared on."""
+
+
+def write(workload: Workload, folder: Path) -> Files:
+    """Writes data, run file and initial parameters, all from seed 0.
+
+    The initial parameters are those that Umbel draws; every other system is given them.
+    """
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    count = workload.clients * workload.examples
+    y = draw.integers(0, 10, count)
+    x = draw.standard_normal((count, *workload.shape), dtype=np.float32)
+    means = workload.signal * draw.standard_normal((10, *workload.shape), dtype=np.float32)
+    for start in range(0, count, 65536):
+        x[start : start + 65536] += means[y[start : start + 65536]]
+    names = ("data.npz", "init.npz", "run.toml", "scored.npz")
+    files = Files(*(folder / name for name in names))
+    # A million names a row would be most of the file; such a federation is dealt out instead.
+    natural = workload.clients <= 10_000
+    columns: dict[str, Any] = {"x": x, "y": y}
+    if natural:
+        columns["client"] = np.repeat(np.arange(workload.clients), workload.examples)
+    np.savez(files.data, **columns)
+    np.savez(files.scored, x=x[:SCORED], y=y[:SCORED])
+    files.run_file.write_text(run_file(workload, files.data, natural), encoding="utf-8")
+    params = module(workload).state_dict()
+    np.savez(files.init, **{name: value.numpy() for name, value in params.items()})
+    return files
+
+
+def run_file(workload: Workload, data: Path, natural: bool = True) -> str:
+    """The run file that a user would write for this workload."""
+    split = '"natural"' if natural else f'"iid", clients = {workload.clients}'
+    length = "local_epochs" if workload.epochs else "local_steps"
+    model = ", ".join(f"{key} = {json.dumps(value)}" for key, value in workload.model.items())
+    return f"""\
+[run]
+name = "bench-{workload.name}"
+rounds = {workload.rounds}
+
+[data]
+name = "npz"
+path = {json.dumps(str(data))}
+split = {{ kind = {split} }}
+holdout = 0.0
+client_holdout = 0.0
+
+[task]
+kind = "classification"
+model = {{ {model} }}
+
+[client]
+lr = {workload.lr}
+batch_size = {workload.batch}
+{length} = {workload.epochs or workload.steps}
+
+[strategy]
+name = "fedavg"
+cohort = {workload.cohort}
+
+[evaluate]
+every = 0
+"""
+
+
+def module(workload: Workload) -> nn.Module:
+    """The model with its initial parameters, as ``umbel simulate`` with seed 0 draws them."""
+    from umbel.core.run_file import Task as Section
+    from umbel.datasets.federated import Info
+    from umbel.tasks.build import build_task, initial_module
+
+    section = Section.model_validate({"kind": "classification", "model": workload.model})
+    task = build_task(section, Info("bench", workload.shape, 10))
+    return initial_module(task, 0)
+
+
+def final_loss(workload: Workload, files: Files, params: Path) -> float:
+    """Mean cross-entropy over the first training examples, of the parameters in ``params``."""
+    import numpy as np
+    import torch
+
+    model = module(workload)
+    with np.load(params) as file:
+        model.load_state_dict({name: torch.from_numpy(file[name]) for name in file.files})
+    with np.load(files.scored) as file:
+        x, y = torch.from_numpy(file["x"]), torch.from_numpy(file["y"])
+    total = 0.0
+    with torch.no_grad():
+        for rows, labels in zip(torch.split(x, 2000), torch.split(y, 2000), strict=True):
+            total += float(torch.nn.functional.cross_entropy(model(rows), labels, reduction="sum"))
+    return total / len(y)
+
+
+def flops(workload: Workload) -> int:
+    """Floating-point operations of the matrix products and convolutions of one round.
+
+    Forward and backward, without a gradient for the input; what is no product (activations,
+    pooling, bias, the SGD step, sums) is not counted, so that the floor is a floor.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = module(workload)
+    batch = torch.zeros(workload.batch, *workload.shape)
+    with FlopCounterMode(display=False) as counter:
+        labels = torch.zeros(workload.batch, dtype=torch.long)
+        torch.autograd.backward(torch.nn.functional.cross_entropy(model(batch), labels))
+    epochs = workload.epochs
+    per_client = epochs * workload.examples if epochs else (workload.steps or 1) * workload.batch
+    return int(counter.get_total_flops() * workload.cohort * per_client // workload.batch)
+
+
+def sgemm_rate(side: int = 1536, tries: int = 12) -> float:
+    """This machine's FLOPs a second in float32 matrix products, all cores, the best of a few."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    best = min(_seconds(a, b) for _ in range(tries))
+    torch.set_num_threads(before)
+    return float(2 * side**3 / best)
+
+
+def _seconds(a: Any, b: Any) -> float:
+    start = time.perf_counter()
+    a @ b
+    return time.perf_counter() - start
+
+
+COHORTS = (10, 30, 100, 300, 1000, 3000)
+CLIENTS = (1_000, 10_000, 100_000, 1_000_000)
+
+
+def sweep(axis: str, values: Sequence[int] | None = None) -> list[tuple[int, Workload]]:
+    """The workloads of a sweep: W1 over cohorts, or a small W2 over numbers of clients.
+
+    A million clients of 10 examples with 8 features each are 320 MB of data; the cohort is 100.
+    """
+    if axis == "cohort":
+        return [
+            (n, W1._replace(name=f"cohort-{n}", cohort=n, clients=max(1000, n), rounds=3))
+            for n in values or COHORTS
+        ]
+    return [
+        (n, W2._replace(name=f"clients-{n}", clients=n, examples=10, shape=(8,), rounds=20))
+        for n in values or CLIENTS
+    ]
