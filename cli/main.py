@@ -17,7 +17,7 @@ import click
 import typer
 
 import umbel
-from umbel.cli import output, parts, plot, runs, simulate
+from umbel.cli import bench, flower, output, parts, plot, runs, simulate
 from umbel.core.errors import UmbelError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app = typer.Typer(
 for _name, _verb, _panel in (
     ("simulate", simulate.simulate, "Run"),
     ("check", simulate.check, "Run"),
+    ("flower", flower.flower, "Run"),
     ("runs", runs.runs, "Look at runs"),
     ("show", runs.show, "Look at runs"),
     ("compare", runs.compare, "Look at runs"),
@@ -41,6 +42,7 @@ for _name, _verb, _panel in (
     ("version", parts.version, "About Umbel"),
 ):
     app.command(_name, rich_help_panel=_panel)(_verb)
+app.command("bench", rich_help_panel="About Umbel", context_settings=bench.CONTEXT)(bench.bench)
 
 
 @app.callback(invoke_without_command=True)
