@@ -74,6 +74,7 @@ def tiny(store: Path, number: int, processes: int) -> RunFile:
                 "store": str(store),
                 "processes": processes,
                 "checkpoint_seconds": 0.05,
+                "engine_plan": "stacked:chunk=4",
             },
             "data": {"name": "digits", "split": {"kind": "iid", "clients": 20}},
             "task": {"kind": "classification", "model": {"name": "logistic"}},
