@@ -266,12 +266,11 @@ class LocalGrid(Grid):
             return _error(sent, ErrorCode.CLIENT_APP_CRASHED, sent.reply.reason)
         assert sent.reply is not None
         reply: Message = pickle.loads(sent.reply)
-        problems = validate_message(reply, is_reply_message=True)
-        if reply.metadata.reply_to_message_id != message_id:
-            problems.append("`metadata.reply_to_message_id` is not the message's")
-        if problems:
-            log.error("an invalid reply: %s", "; ".join(problems))
-            return _error(sent, ErrorCode.UNKNOWN, "; ".join(problems))
+        asked, told = sent.metadata, reply.metadata
+        answers = told.reply_to_message_id == message_id, told.src_node_id == asked.dst_node_id
+        if not all(answers) or reply.has_content() == reply.has_error():
+            log.error("node %d sent what is no reply to its message", asked.dst_node_id)
+            return _error(sent, ErrorCode.UNKNOWN, "not a reply to the message")
         reply.metadata.delivered_at = now().isoformat()
         return reply
 
