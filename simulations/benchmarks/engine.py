@@ -124,6 +124,7 @@ class Bench:
 
     def run(self, names: Sequence[str], repeat: int) -> Result:
         """Interleaved runs; a system that fails once is left out from then on."""
+        rate = workloads.sgemm_rate()
         runs: dict[str, list[Measured]] = {name: [] for name in names}
         losses: dict[str, list[float]] = {name: [] for name in names}
         for number in range(1, repeat + 1):
@@ -139,7 +140,8 @@ class Bench:
         start = workloads.final_loss(w, self._files, self._files.init)
         rows = [_row(name, runs[name], losses[name]) for name in names]
         _compare(rows, start)
-        count, rate = workloads.flops(w), workloads.sgemm_rate()
+        # Before and after, since the floor is that of the machine with nobody else on it.
+        count, rate = workloads.flops(w), max(rate, workloads.sgemm_rate())
         parameters = sum(p.numel() for p in workloads.module(w).parameters())
         return {
             "name": w.name,
@@ -190,7 +192,7 @@ def _row(name: str, runs: Sequence[Measured], losses: Sequence[float]) -> Result
     row: Result = {"name": name, "title": system.title, "settings": system.settings}
     errors = [run.error for run in runs if run.error]
     facts = runs[-1].facts
-    row |= {key: facts[key] for key in ("versions", "notes", "engine") if facts.get(key)}
+    row |= {key: facts[key] for key in ("versions", "notes", "engine_plan") if facts.get(key)}
     if errors:
         return row | {"error": errors[0]}
     middle = statistics.median
@@ -312,6 +314,8 @@ def show(result: Result) -> None:
         others = f"; other programs kept {max(busy):.1f} cores busy" if busy else ""
         console.print(f"floor: {rate}{others}; loss before round 1: {work['initial_loss']:.3f}")
         for row in work["systems"]:
+            if plan := row.get("engine_plan"):
+                console.print(f"{row['title']}: plan {plan['plan']}, by {plan['source']}")
             if "error" in row:
                 console.print(f"{row['title']}: {row['error']}")
             elif not row["comparable"]:

@@ -167,11 +167,6 @@ def test_a_program_that_takes_too_long_is_ended_with_what_it_started(tmp_path: P
     assert not living("import time; " + argument)
 
 
-def test_what_refuses_is_quoted(tmp_path: Path) -> None:
-    taken = processes.measure(program(tmp_path, "tell(refused='not here')"), os.environ, 2)
-    assert taken.error == "not here"
-
-
 def row(name: str, seconds: float, loss: float) -> engine.Result:
     return {"name": name, "seconds_per_round": seconds, "loss": loss}
 

@@ -147,7 +147,7 @@ def measure(
             tree.end(patience=0.0 if program.poll() is None else 10.0)
             program.wait()
             program.stdout.close()
-        error = _error(program.returncode, late, limit, ends, rounds, facts, errors)
+        error = _error(program.returncode, late, limit, ends, rounds, errors)
     if error:
         return Measured([], 0.0, 0.0, None, 0.0, facts, error)
     return Measured(
@@ -191,11 +191,8 @@ def _error(
     limit: float,
     ends: Mapping[int, float],
     rounds: int,
-    facts: Mapping[str, Any],
     errors: IO[bytes],
 ) -> str:
-    if "refused" in facts:
-        return str(facts["refused"])
     if late:
         return f"ended after {limit:.0f} s, in round {max(ends, default=0) + 1} of {rounds}"
     if code or len(ends) <= rounds:

@@ -51,7 +51,7 @@ SYSTEMS = {
             {"engine": "vectorised"}, gpu=True,
         ),
         System(
-            "umbel-lean", "Umbel, lean kernel", "run_umbel.py", "--engine-plan lean",
+            "umbel-lean", "Umbel, lean kernel", "run_umbel.py", "[run] engine_plan = lean",
             {"engine": "vectorised", "plan": "lean"}, gpu=True,
         ),
         System(
