@@ -1,0 +1,387 @@
+"""The server: collects, goes on without the lost, and unmasks the sum of those who stayed.
+
+Pure: messages in by ``receive``, messages out by ``advance``, which closes a stage with whoever
+answered in time. It holds the running sum of masked vectors and never a single one. Whenever too
+few are left for anybody's secrets to be rebuilt, the round ends and nothing is released; no other
+way leads to a total than every seed and every lost key rebuilt and checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from umbel.privacy.secure_aggregation import graph
+from umbel.privacy.secure_aggregation.agreement import RoundKeys
+from umbel.privacy.secure_aggregation.client import (
+    SIGN_ADVERT,
+    SIGN_REFUSAL,
+    unpack_words,
+)
+from umbel.privacy.secure_aggregation.identities import Directory
+from umbel.privacy.secure_aggregation.keystream import Words
+from umbel.privacy.secure_aggregation.messages import (
+    Advert,
+    Consent,
+    Consents,
+    Delivery,
+    Draw,
+    Invitation,
+    Masked,
+    Message,
+    Refusal,
+    Reveal,
+    Roster,
+    Shares,
+    Survivors,
+    Unmask,
+    decode,
+    encode,
+)
+from umbel.privacy.secure_aggregation.parameters import MAX_DRAWS, Design
+from umbel.privacy.secure_aggregation.refusals import Reason, Refused
+from umbel.privacy.secure_aggregation.terms import Terms
+from umbel.privacy.secure_aggregation.unmasking import Cannot, unmask
+
+
+class Stage(Enum):
+    """What the server waits for."""
+
+    ADVERTS = Advert
+    REVEALS = Reveal
+    SHARES = Shares
+    MASKED = Masked
+    CONSENTS = Consent
+    UNMASK = Unmask
+    OVER = None
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """Messages to send, by member."""
+
+    messages: Mapping[int, bytes]
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum modulo 2**ring_bits, shape (size,), of the vectors of ``survivors``, exact."""
+
+    words: Words
+    survivors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """The round ended without a sum, and why."""
+
+    why: str
+
+
+class Server:
+    """One round.
+
+    Args:
+        terms: the round.
+        directory: the pinned public keys of all members.
+        members: numbers of those invited.
+        design: the graph and threshold for as many as answered; ``parameters.choose`` bound to
+            the stated fractions.
+        min_cohort: the fewest members of a sum.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        directory: Directory,
+        members: Iterable[int],
+        design: Callable[[int], Design],
+        min_cohort: int = 3,
+    ) -> None:
+        self._terms = terms
+        self._digest = terms.digest
+        self._directory = directory
+        self._invited = tuple(sorted(members))
+        self._design = design
+        self._min_cohort = min_cohort
+        self._stage = Stage.ADVERTS
+        self._waiting = set(self._invited)
+        self.lost: dict[int, str] = {}  # member -> stage it was last waited for in, or its reason
+        self.turned_away: list[tuple[int, str]] = []  # messages that were not used, and why
+        self._adverts: dict[int, Advert] = {}
+        self._roster = Roster(0, 0, 0, b"")
+        self._draw = 0
+        self._nonces: dict[int, bytes] = {}
+        self._neighbours: dict[int, tuple[int, ...]] = {}
+        self._graph_digest = b""
+        self._shares: dict[int, Shares] = {}
+        self._dealt_with: dict[int, tuple[int, ...]] = {}
+        self._sum = np.zeros(terms.size, dtype="<u4")
+        self._tags: dict[int, dict[int, bytes]] = {}
+        self._dead: tuple[int, ...] = ()
+        self._survivors: tuple[int, ...] = ()
+        self._consents: dict[int, Consent] = {}
+        self._opened: dict[int, Unmask] = {}
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is open."""
+        return self._stage
+
+    @property
+    def waiting(self) -> frozenset[int]:
+        """The members whose answer is missing in this stage."""
+        return frozenset(self._waiting)
+
+    def invite(self) -> Outbox:
+        """The first messages."""
+        return self._send({m: Invitation(self._terms.encode()) for m in self._invited})
+
+    def receive(self, member: int, data: bytes) -> None:
+        """Takes a message that the transport says is ``member``'s; a bad or late one is set aside.
+
+        A refusal takes its sender out of the round.
+        """
+        try:
+            message = decode(data, self._digest)
+            if isinstance(message, Refusal):
+                self._take_refusal(member, message)
+            elif isinstance(message, Invitation) or type(message) is not self._stage.value:
+                self.turned_away.append((member, f"late or early {type(message).__name__}"))
+            elif member not in self._waiting or getattr(message, "member", None) != member:
+                self.turned_away.append((member, f"{type(message).__name__} not waited for"))
+            else:
+                self._take(message)
+                self._waiting.discard(member)
+        except Refused as refused:
+            self.turned_away.append((member, refused.detail))
+
+    def _take_refusal(self, member: int, refusal: Refusal) -> None:
+        signed = refusal.signed(self._digest)
+        if refusal.member != member or not self._directory.verify(
+            member, SIGN_REFUSAL, signed, refusal.signature
+        ):
+            self.turned_away.append((member, "a refusal that it did not sign"))
+        elif member in self._waiting:
+            self._waiting.discard(member)
+            self.lost[member] = f"refused: {refusal.reason.name.lower()}: {refusal.detail}"
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Advert(member=member):
+                signed = message.signed(self._digest)
+                if not self._directory.verify(member, SIGN_ADVERT, signed, message.signature):
+                    raise _unused("an advert that it did not sign")
+                self._adverts[member] = message
+            case Reveal(member=member):
+                commitment = self._adverts[member].commitment
+                if message.draw != self._draw or not graph.opens(
+                    commitment, self._draw, message.nonce
+                ):
+                    raise _unused("a secret that it did not promise")
+                self._nonces[member] = message.nonce
+            case Shares(member=member):
+                if tuple(them for them, _ in message.boxes) != self._neighbours[member]:
+                    raise _unused("shares for others than its neighbours")
+                self._shares[member] = message
+            case Masked(member=member):
+                partners = self._partners(member)
+                if tuple(them for them, _ in message.tags) != partners:
+                    raise _unused("a vector with other masks than those dealt")
+                self._sum += unpack_words(message.words, self._terms)
+                self._tags[member] = dict(message.tags)
+            case Consent(member=member):
+                self._consents[member] = message
+            case Unmask(member=member):
+                partners = self._partners(member)
+                alive = set(self._survivors)
+                seeds = tuple(them for them in partners if them in alive)
+                keys = tuple(them for them in partners if them not in alive)
+                if (
+                    tuple(them for them, _ in message.seeds) != seeds
+                    or tuple(them for them, _ in message.mask_keys) != keys
+                ):
+                    raise _unused("other shares than those asked for")
+                self._opened[member] = message
+
+    def advance(self) -> Outbox | Total | Aborted:
+        """Closes the stage: who has not answered is lost; the next messages, or the end."""
+        for member in self._waiting:
+            self.lost.setdefault(member, f"silent: {self._stage.name.lower()}")
+        steps: dict[Stage, Callable[[], Outbox | Total | Aborted]] = {
+            Stage.ADVERTS: self._close_adverts,
+            Stage.REVEALS: self._close_reveals,
+            Stage.SHARES: self._close_shares,
+            Stage.MASKED: self._close_masked,
+            Stage.CONSENTS: self._close_consents,
+            Stage.UNMASK: self._close_unmask,
+        }
+        if self._stage not in steps:
+            return Aborted("the round is over")
+        try:
+            return steps[self._stage]()
+        except Cannot as cannot:
+            self._end()
+            return Aborted(str(cannot))
+
+    def _end(self) -> None:
+        self._stage = Stage.OVER
+        self._waiting = set()
+        self._sum = np.zeros(0, dtype="<u4")
+        self._opened.clear()
+        self._shares.clear()
+        self._tags.clear()
+
+    def _send(self, messages: Mapping[int, Message]) -> Outbox:
+        # What goes to all is encoded, and held, once.
+        encoded = {id(message): b"" for message in messages.values()}
+        for message in messages.values():
+            encoded[id(message)] = encoded[id(message)] or encode(message, self._digest)
+        return Outbox({m: encoded[id(message)] for m, message in messages.items()})
+
+    def _open(self, stage: Stage, members: Iterable[int]) -> None:
+        self._stage = stage
+        self._waiting = set(members)
+
+    def _close_adverts(self) -> Outbox:
+        return self._call(sorted(self._adverts))
+
+    def _call(self, members: list[int]) -> Outbox:
+        """Sends the roster of ``members``."""
+        if len(members) < self._min_cohort:
+            raise Cannot(f"{len(members)} members, need {self._min_cohort}")
+        if self._terms.overflows(len(members)):
+            raise Cannot(f"the values of {len(members)} members do not fit the ring")
+        k, t, _ = self._design(len(members))
+        body = b"".join(self._adverts[m].body() for m in members)
+        self._roster = Roster(self._draw, k, t, body)
+        self._adverts = {m: self._adverts[m] for m in members}
+        if k == len(members) - 1:
+            self._lay_out(bytes(32), np.arange(len(members)))
+        else:
+            self._open(Stage.REVEALS, members)
+        return self._send(dict.fromkeys(members, self._roster))
+
+    def _close_reveals(self) -> Outbox:
+        members = list(self._adverts)
+        if missing := [m for m in members if m not in self._nonces]:
+            # The last to open knows the graph; without all, another is drawn from new secrets.
+            self._draw += 1
+            if self._draw == MAX_DRAWS:
+                raise Cannot(f"{MAX_DRAWS} draws of the graph, and {len(missing)} silent again")
+            stayed = sorted(self._nonces)
+            self._nonces = {}
+            return self._call(stayed)
+        nonces = b"".join(self._nonces[m] for m in members)
+        seed = graph.seed_of(self._roster_digest(), nonces)
+        self._lay_out(seed, graph.ring(seed, len(members)))
+        return self._send(dict.fromkeys(members, Draw(nonces)))
+
+    def _roster_digest(self) -> bytes:
+        r = self._roster
+        return graph.roster_digest_of(self._digest, r.draw, r.neighbours, r.threshold, r.adverts)
+
+    def _lay_out(self, seed: bytes, order: graph.Order) -> None:
+        members = tuple(self._adverts)
+        self._graph_digest = graph.digest_of(self._roster_digest(), seed)
+        table = graph.neighbours_on(order, self._roster.neighbours)
+        self._neighbours = {
+            m: tuple(members[i] for i in row) for m, row in zip(members, table, strict=True)
+        }
+        self._open(Stage.SHARES, members)
+
+    def _partners(self, member: int) -> tuple[int, ...]:
+        """The neighbours with whom ``member`` shares a mask: those who dealt, as it did."""
+        if self._stage is Stage.SHARES:  # still open
+            return tuple(them for them in self._neighbours[member] if them in self._shares)
+        return self._dealt_with[member]
+
+    def _close_shares(self) -> Outbox:
+        # Who has too few partners could not be unmasked; leaving it out may leave others with few.
+        while lonely := [m for m in self._shares if not self._enough(self._partners(m))]:
+            for member in lonely:
+                self.lost[member] = "too few neighbours dealt shares"
+                del self._shares[member]
+        self._at_least(len(self._shares))
+        self._dealt_with = {m: self._partners(m) for m in self._shares}
+        boxes: dict[int, list[tuple[int, bytes]]] = {m: [] for m in self._shares}
+        for source in sorted(self._shares):
+            for destination, box in self._shares[source].boxes:
+                if destination in boxes:
+                    boxes[destination].append((source, box))
+        self._open(Stage.MASKED, self._shares)
+        return self._send({m: Delivery(tuple(entries)) for m, entries in boxes.items()})
+
+    def _close_masked(self) -> Outbox:
+        self._survivors = tuple(sorted(self._tags))
+        self._at_least(len(self._survivors))
+        self._dead = tuple(sorted(self._shares.keys() - self._tags.keys()))
+        self._reachable(self._tags.keys())
+        messages: dict[int, Message] = {}
+        for m in self._survivors:
+            tags = [(v, self._tags[v][m]) for v in self._partners(m) if v in self._tags]
+            messages[m] = Survivors(self._survivors, self._dead, tuple(tags))
+        self._tags.clear()
+        self._open(Stage.CONSENTS, self._survivors)
+        return self._send(messages)
+
+    def _close_consents(self) -> Outbox:
+        self._reachable(self._consents.keys())
+        signed = {m: c.digest + c.signature for m, c in self._consents.items()}
+        messages: dict[int, Message] = {}
+        for m in self._consents:
+            consents = tuple((v, signed[v]) for v in self._partners(m) if v in signed)
+            if self._enough(consents):
+                messages[m] = Consents(consents)
+            else:
+                self.lost[m] = "too few neighbours consented"
+        self._reachable(messages.keys())
+        self._open(Stage.UNMASK, messages)
+        return self._send(messages)
+
+    def _close_unmask(self) -> Total:
+        self._reachable(self._opened.keys())
+        unmask(
+            self._sum,
+            opened=self._opened.values(),
+            neighbours=self._neighbours,
+            partners={m: self._partners(m) for m in self._dead},
+            survivors=self._survivors,
+            dead=self._dead,
+            threshold=self._roster.threshold,
+            seed_digests={m: self._shares[m].seed_digest for m in self._survivors},
+            mask_keys={m: a.mask_key for m, a in self._adverts.items()},
+            graph_digest=self._graph_digest,
+            keys=RoundKeys(self._terms.run, self._terms.round_number, self._digest),
+        )
+        words = self._sum
+        words &= np.uint32((1 << self._terms.ring_bits) - 1)
+        self._end()
+        return Total(words, self._survivors)
+
+    def _enough(self, members: tuple[object, ...]) -> bool:
+        return len(members) >= self._roster.threshold
+
+    def _at_least(self, count: int) -> None:
+        if count < self._min_cohort:
+            raise Cannot(f"{count} members left, need {self._min_cohort}")
+
+    def _reachable(self, present: Iterable[int]) -> None:
+        """Ends the round if somebody's secret can no longer be rebuilt by those ``present``."""
+        there = set(present)
+        alive = set(self._survivors)
+        for m in (*self._survivors, *self._dead):
+            partners = self._partners(m)
+            # Nobody in the sum has a mask with it: nothing of it needs to be rebuilt.
+            if m not in alive and not any(v in alive for v in partners):
+                continue
+            left = sum(v in there for v in partners)
+            if left < self._roster.threshold:
+                raise Cannot(f"{left} neighbours of member {m} left, need {self._roster.threshold}")
+
+
+def _unused(why: str) -> Refused:
+    return Refused(Reason.MALFORMED, why)
