@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +24,22 @@ FEW = 4
 
 SLACK = 1 << 20
 """Bytes of shared memory beside what was counted: figures, alignment."""
+
+
+class Dispatcher(Protocol):
+    """What computes the groups of a round, wherever that is."""
+
+    def threads(self, clients: int) -> AbstractContextManager[None]:
+        """Torch's threads as the clients of a round are trained: where, shall not matter."""
+
+    def run(self, plan: TrainPlan, groups: Sequence[Group]) -> Iterator[Any]:
+        """The results of the groups, in their order; tensors of one are valid until the next."""
+
+    def pids(self) -> list[int]:
+        """The process ids of the workers."""
+
+    def close(self) -> None:
+        """Ends the workers."""
 
 
 class Dispatch:
@@ -76,12 +92,17 @@ class Dispatch:
     def run(self, plan: TrainPlan, groups: Sequence[Group]) -> Iterator[Any]:
         """The results of the groups, in their order; tensors of one are valid until the next."""
         clients = sum(len(chunk) for group in groups for chunk in group.chunks)
+        # Until the last result was used: threads of a sum, spinning, would take workers' cores.
+        with self.threads(clients):
+            yield from self._run(plan, groups, clients)
+
+    def _run(self, plan: TrainPlan, groups: Sequence[Group], clients: int) -> Iterator[Any]:
         begun = 0
         if self._workers is None and self._possible and not self.wide(clients):
             seconds = float("inf")
             if self._asked is None and len(groups) > 1:
                 start = time.perf_counter()
-                result = self._here(plan, groups[0], clients)
+                result = self._work(plan, groups[0].chunks)
                 seconds = (time.perf_counter() - start) * (len(groups) - 1)
                 yield result
                 begun = 1
@@ -93,7 +114,7 @@ class Dispatch:
             yield from self._workers.map(plan, tasks, costs)
             return
         for group in groups[begun:]:
-            yield self._here(plan, group, clients)
+            yield self._work(plan, group.chunks)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -104,10 +125,6 @@ class Dispatch:
     def pids(self) -> list[int]:
         """The process ids of the workers."""
         return [] if self._workers is None else self._workers.pids()
-
-    def _here(self, plan: TrainPlan, group: Group, clients: int) -> Any:
-        with self.threads(clients):
-            return self._work(plan, group.chunks)
 
     def _start(self, plan: TrainPlan, groups: Sequence[Group]) -> None:
         model = plan.model
