@@ -73,7 +73,8 @@ class AdaptiveClip:
         """
         check_clip_norm(clip_norm)
         share = noised / expected + 0.5
-        moved = clip_norm * math.exp(-self.rate * (share - self.quantile))
+        power = -self.rate * (share - self.quantile)
+        moved = clip_norm * math.exp(min(max(power, -700.0), 700.0))
         return min(max(moved, self.least), self.most)
 
 
@@ -85,7 +86,7 @@ def noised_count(norms: Tensor, clip_norm: float, std: float, stream: Stream) ->
     Args:
         norms: (C,) before clipping; ``inf`` counts as above.
         clip_norm: of this round.
-        std: absolute, from :func:`split`; a whole number or half of the draws' own size is usual.
+        std: absolute, from :func:`split`.
         stream: of random words.
     """
     bits = float((norms <= clip_norm).sum()) - norms.numel() / 2

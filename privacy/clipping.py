@@ -7,6 +7,7 @@ or bfloat16 never leaves it longer than the bound.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def _clip(
 ) -> Clipped:
     rows = _rows(tree, stacked)
     by_group = [_norms([rows[name] for name in names]) for names, _ in groups]
-    total = torch.stack(by_group).square().sum(0).sqrt() if len(groups) > 1 else by_group[0]
+    total = _joined(by_group)
     finite = torch.stack(by_group).isfinite().all(0)
     if not_finite == "error" and not bool(finite.all()):
         raise _not_finite(rows)
@@ -184,9 +185,13 @@ def _scaled(rows: Tree, norms: Tensor, finite: Tensor, bound: float) -> dict[str
 
 def _scale(t: Tensor, scale: Tensor, long: Tensor) -> Tensor:
     hair = torch.where(long, scale * (1 - 2 * torch.finfo(t.dtype).eps), scale)
-    if t.dtype == torch.float32 and bool((hair > 1e-30).all()):
-        return t * hair.float()[:, None]
-    return (t.double() * hair[:, None]).to(t.dtype)
+    if t.dtype != torch.float32:
+        return (t.double() * hair[:, None]).to(t.dtype)
+    out = t * hair.float()[:, None]
+    tiny = (hair < 1e-30).nonzero()[:, 0]  # float32 would hold too few digits of these
+    if len(tiny):
+        out[tiny] = (t[tiny].double() * hair[tiny, None]).float()
+    return out
 
 
 def _norms(rows: list[Tensor]) -> Tensor:
@@ -194,20 +199,28 @@ def _norms(rows: list[Tensor]) -> Tensor:
     if not rows:
         return torch.zeros(1, dtype=torch.float64)
     parts = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in rows]
-    norms = parts[0] if len(parts) == 1 else torch.stack(parts).square().sum(0).sqrt()
-    if not bool(norms.isfinite().all()) or bool((norms < 1e-140).any()):
-        # Squares may have over- or underflowed: once more, relative to the largest value.
-        peaks = torch.stack([_peak(t) for t in rows]).amax(0)
-        safe = torch.where((peaks > 0) & peaks.isfinite(), peaks, torch.ones_like(peaks))
-        relative = [(t.double() / safe[:, None]).square().sum(1) for t in rows]
-        norms = torch.stack(relative).sum(0).sqrt() * safe
-        norms = torch.where(norms.isnan(), torch.full_like(norms, math.inf), norms)
+    norms = _joined(parts)
+    # Where squares may have over- or underflowed: once more, relative to the largest value.
+    odd = (~norms.isfinite() | (norms < 1e-140)).nonzero()[:, 0]
+    if len(odd):
+        norms[odd] = _joined([_careful(t[odd]) for t in rows])
     # Above what summation in float64, in whatever order, may have rounded off.
     return norms * (1 + (8 + sum(t.shape[1] for t in rows)) * 2.0**-53)
 
 
-def _peak(t: Tensor) -> Tensor:
-    return t.double().abs().amax(1) if t.shape[1] else t.new_zeros(t.shape[0]).double()
+def _careful(t: Tensor) -> Tensor:
+    """The norm of each row (C, n), whatever the exponents; ``inf`` where a value is not finite."""
+    if not t.shape[1]:
+        return torch.zeros(len(t), dtype=torch.float64, device=t.device)
+    peak = t.double().abs().amax(1)
+    safe = torch.where((peak > 0) & peak.isfinite(), peak, 1.0)
+    norms = torch.linalg.vector_norm(t.double() / safe[:, None], dim=1) * safe
+    return torch.where(norms.isnan(), math.inf, norms)
+
+
+def _joined(norms: list[Tensor]) -> Tensor:
+    """The norm of a concatenation, of the norms (C,) of its parts, without overflow."""
+    return functools.reduce(torch.hypot, norms)
 
 
 def _rows(tree: Tree, stacked: bool) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from umbel.core.errors import InputError
@@ -79,6 +80,7 @@ class Entry:
         who = "every client" if self.client == EVERY_CLIENT else f"client '{self.client}'"
         return f"run '{self.run}', round {self.round}, {who}"
 
+    @cached_property
     def terms(self) -> str:
         """All but the key and the steps, as canonical text: the same over most of a run."""
         table: dict[str, Any] = {
@@ -112,7 +114,7 @@ class Line(NamedTuple):
 
 
 def read(key: tuple[str, int, str, str, str], steps: int, terms: str) -> Entry:
-    """The inverse of :attr:`Entry.key`, ``steps`` and :meth:`Entry.terms`."""
+    """The inverse of :attr:`Entry.key`, ``steps`` and :attr:`Entry.terms`."""
     run, round_number, client, purpose, attempt = key
     table = json.loads(terms)
     return Entry(
@@ -134,7 +136,7 @@ def read(key: tuple[str, int, str, str, str], steps: int, terms: str) -> Entry:
 
 def chain(before: bytes, seconds: int, entry: Entry) -> bytes:
     """The digest of a line: SHA-256 over the digest before it and all that the line says."""
-    text = _canonical([before.hex(), seconds, *entry.key, entry.steps, entry.terms()])
+    text = _canonical([before.hex(), seconds, *entry.key, entry.steps, entry.terms])
     return hashlib.sha256(text.encode()).digest()
 
 

@@ -40,7 +40,7 @@ class Spent(NamedTuple):
     Args:
         client: who paid.
         epsilon: an upper bound over everything that this client's data was used for, this debit
-            included.
+            included: by RDP, or the budget where only PLD keeps within it. It never decreases.
         delta: the ledger's.
         fresh: False where the entry stood there already: the mechanism must not be run with new
             noise for it.
@@ -153,9 +153,10 @@ class Ledger:
             fresh = [e for e in entries if e.key not in standing]
             after = self._after(fresh)
             self._file.append(connection, [(e, dump(e.mechanism)) for e in fresh], seconds)
+        accounts = [after.get(e.client) or self._account(e.client) for e in entries]
         return [
-            Spent(e.client, self._online(e.client, after), self.delta, e.key not in standing)
-            for e in entries
+            Spent(e.client, spent, self.delta, e.key not in standing)
+            for e, spent in zip(entries, self._bounds(accounts), strict=True)
         ]
 
     def clients(self) -> list[str]:
@@ -315,12 +316,12 @@ class Ledger:
                 "was not used before",
             )
 
-    def _online(self, client: str, after: dict[str, _Account]) -> float:
-        account = after.get(client) or self._account(client)
-        found = float(to_epsilon(account.rdp, self.delta))
-        if self.budget is not None and found > self.budget:  # PLD let it through
-            return pld_epsilon(account.history, self.delta)
-        return found
+    def _bounds(self, accounts: Sequence[_Account]) -> list[float]:
+        if not accounts:
+            return []
+        online = to_epsilon(np.stack([a.rdp for a in accounts]), self.delta)
+        # Above the budget by RDP, PLD has proven it below; so the figure never goes back.
+        return [min(found, self.budget or math.inf) for found in online.tolist()]
 
     def _headline(self, accountant: Accountant) -> tuple[Epsilon, str]:
         names = [EVERY_CLIENT, *sorted(self._accounts)]

@@ -120,7 +120,8 @@ class LedgerFile:
                 )
             rows = [{"name": name, "value": value} for name, value in wanted.items()]
             connection.execute(_about.insert(), rows)
-        found = dict(connection.execute(sa.select(_about.c.name, _about.c.value)).tuples().all())
+        query = sa.select(_about.c.name, _about.c.value)
+        found = {row.name: row.value for row in connection.execute(query)}
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise InputError(
@@ -160,7 +161,7 @@ class LedgerFile:
             .where(_line.c.number > after, _line.c.number <= last)
             .group_by(_line.c.client, _terms.c.mechanism)
         )
-        return last, [Spending(*row) for row in connection.execute(query).tuples()]
+        return last, [Spending(*row) for row in connection.execute(query)]
 
     def standing(
         self, connection: sa.Connection, entries: Sequence[Entry]
@@ -186,7 +187,7 @@ class LedgerFile:
         known: dict[str, int] = {}
         rows = []
         for entry, mechanism in entries:
-            text = entry.terms()
+            text = entry.terms
             if text not in known:
                 known[text] = self._terms_id(connection, mechanism, text)
             digest = chain(digest, seconds, entry)

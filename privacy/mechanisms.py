@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias, get_args
 
 import dp_accounting
@@ -171,11 +172,13 @@ def factor(relation: Relation) -> float:
     return 2.0 if relation == "replace-one" else 1.0
 
 
+@lru_cache(maxsize=65536)
 def dump(mechanism: Mechanism) -> str:
     """Canonical text: equal mechanisms, equal texts."""
     return json.dumps(mechanism.table(), sort_keys=True, separators=(",", ":"))
 
 
+@lru_cache(maxsize=65536)
 def parse(text: str) -> Mechanism:
     """The inverse of :func:`dump`.
 
