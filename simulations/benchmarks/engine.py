@@ -68,8 +68,11 @@ def measure(options: argparse.Namespace) -> Result:
     """Runs the benchmark; the result as plain values.
 
     Raises:
-        InputError: an unknown system or workload, or a number out of bounds.
+        InputError: an unknown system or workload, a number out of bounds, or no Linux.
     """
+    if not Path("/proc/self/smaps_rollup").exists():
+        message = "memory and CPU of a tree of processes are read from /proc, which is not here"
+        raise InputError(message, where=WHERE, fix="run it on Linux")
     work = _work(options)
     short = options.quick or options.sweep
     usual = (REFERENCE, "plain-2") if options.sweep else systems.USUAL

@@ -32,7 +32,8 @@ class Measured(NamedTuple):
         rounds: seconds from the end of round k to the end of round k + 1, k = 1 …
         first_round: seconds from the start of the process to the end of round 1.
         cpu_seconds: of the whole tree, between the ends of the first and of the last round.
-        peak_bytes: the most proportional memory (PSS) that the tree held; ``None`` without /proc.
+        peak_bytes: the most proportional memory (PSS) that the tree held; ``None`` where a run was
+            over before it was looked at.
         others: cores that other programs kept busy meanwhile, on average.
         facts: what else the program said.
         error: why there are no figures; empty where there are.
@@ -125,29 +126,31 @@ def measure(
         )
         assert program.stdout is not None
         lines = Lines(program.stdout)
+        over = False
         try:
-            while program.poll() is None and time.monotonic() - start < limit:
-                for told in lines.within(pause):
+            while not over and time.monotonic() - start < limit:
+                # Before the reading, so that nothing which was told is left unread.
+                over = _is_over(program.pid)
+                for told in lines.within(0.0 if over else pause):
                     when, number = told.pop("time"), told.pop("round", None)
                     if number in (1, rounds):
                         cpu[number] = tree.cpu_seconds()
                     if number is not None:
                         ends[number] = when
                     facts.update(told)
-                if time.monotonic() - looked > pause:
+                if not over and time.monotonic() - looked > pause:
                     looked = time.monotonic()
                     peak = max(peak, tree.memory())
                     pause = max(INTERVAL, 50 * (time.monotonic() - looked))
-            late = program.poll() is None
-            for told in () if late else lines.within(0):
-                facts.update(told)
         finally:
             seconds = time.monotonic() - start
             others = _busy_seconds() - busy - tree.cpu_seconds() - (time.process_time() - mine)
-            tree.end(patience=0.0 if program.poll() is None else 10.0)
+            if over:
+                program.wait()
+            tree.end(patience=10.0 if over else 0.0)
             program.wait()
             program.stdout.close()
-        error = _error(program.returncode, late, limit, ends, rounds, errors)
+        error = _error(program.returncode, not over, limit, ends, rounds, errors)
     if error:
         return Measured([], 0.0, 0.0, None, 0.0, facts, error)
     return Measured(
@@ -202,9 +205,14 @@ def _error(
     return ""
 
 
+def _is_over(pid: int) -> bool:
+    """Whether a child has ended; it is left unreaped, so that its CPU time can still be read."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def _processes() -> Iterator[tuple[int, int, int, int]]:
     """(id, start time, own ticks, ticks of children waited for) of every process."""
-    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+    for name in os.listdir("/proc"):
         if name.isdigit() and (stat := _read(f"/proc/{name}/stat")):
             # The second field is the name in brackets, which may hold anything.
             fields = stat[stat.rindex(b")") + 2 :].split()
@@ -222,8 +230,6 @@ def _pss(pid: int) -> int:
 def _busy_seconds() -> float:
     """What all cores have worked since the machine started, time stolen by its host included."""
     fields = _read("/proc/stat").split(b"\n", 1)[0].split()[1:9]
-    if not fields:
-        return 0.0
     user, nice, system, _idle, _wait, *rest = (int(f) for f in fields)
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 

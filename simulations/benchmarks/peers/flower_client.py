@@ -22,7 +22,7 @@ def held() -> tuple[peer.Work, Tensor, Tensor, nn.Module, torch.optim.Optimizer]
     if w.options["threads"]:
         torch.set_num_threads(int(w.options["threads"]))
     x, y = (torch.from_numpy(a) for a in peer.arrays(w))
-    model = build(w.model)
+    model = build(w.model, x)
     return w, x, y, model, torch.optim.SGD(model.parameters(), lr=w.lr)
 
 

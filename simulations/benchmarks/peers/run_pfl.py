@@ -33,9 +33,9 @@ from torch.nn.functional import cross_entropy
 class Net(nn.Module):
     """The model with the two methods that pfl asks for."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, x: Tensor) -> None:
         super().__init__()
-        self.net = build(name)
+        self.net = build(name, x)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch."""
@@ -71,7 +71,7 @@ def main() -> None:
         return PyTorchTensorDataset((x[client][rows], y[client][rows]), user_id=str(client))
 
     users = FederatedDataset(user, get_user_sampler("minimize_reuse", list(range(w.clients))))
-    net = Net(w.model)
+    net = Net(w.model, x)
     net.net.load_state_dict({n: torch.from_numpy(v) for n, v in peer.initial(w).items()})
     server = torch.optim.SGD(net.parameters(), lr=1.0)
     model = PyTorchModel(net, torch.optim.SGD, server)

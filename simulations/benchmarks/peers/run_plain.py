@@ -22,7 +22,7 @@ class Trainer:
 
     def __init__(self, w: peer.Work, x: Tensor, y: Tensor) -> None:
         self.w, self.x, self.y = w, x, y
-        self.model = build(w.model).to(w.device)
+        self.model = build(w.model, x).to(w.device)
         self.params = list(self.model.parameters())
         self.optimizer = torch.optim.SGD(self.params, lr=w.lr)
 
