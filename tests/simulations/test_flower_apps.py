@@ -126,7 +126,7 @@ def test_it_agrees_with_flowers_own_simulation(name: str, tmp_path: Path) -> Non
     theirs.mkdir()
     module = "umbel.server.flower.ray_simulation"
     command = [sys.executable, "-m", module, str(APPS / name), "--run-config", f"out='{theirs}'"]
-    subprocess.run(command, check=True, timeout=300, stdin=subprocess.DEVNULL)
+    subprocess.run(command, check=True, timeout=900, stdin=subprocess.DEVNULL)
     agree(ours, results(theirs))
 
 
