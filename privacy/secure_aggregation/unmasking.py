@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 
 from umbel.privacy.secure_aggregation import shamir
@@ -41,11 +42,10 @@ def unmask(
     Raises:
         Cannot: the shares of some member do not give the secret that it committed to.
     """
-    points = {m: {v: i + 1 for i, v in enumerate(row)} for m, row in neighbours.items()}
     shares: dict[int, dict[int, bytes]] = {m: {} for m in (*survivors, *dead)}
     for message in opened:
         for member, share in (*message.seeds, *message.mask_keys):
-            shares[member][points[member][message.member]] = share
+            shares[member][bisect_left(neighbours[member], message.member) + 1] = share
     alive = set(survivors)
     remove: list[bytes] = []
     restore: list[bytes] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from operator import lt
 
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
@@ -77,5 +78,6 @@ def pack_members(members: tuple[int, ...]) -> bytes:
 def pack_entries(entries: Iterable[Entry]) -> bytes:
     """A counted list of (member, bytes of one size)."""
     listed = tuple(entries)
-    parts = [struct.pack(">I", member) + value for member, value in listed]
-    return struct.pack(">I", len(listed)) + b"".join(parts)
+    size = len(listed[0][1]) if listed else 0
+    layout = ">I" + f"I{size}s" * len(listed)  # one call: there are n·k entries in a round
+    return struct.pack(layout, len(listed), *chain.from_iterable(listed))
