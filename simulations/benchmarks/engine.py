@@ -34,6 +34,7 @@ from umbel.simulations.benchmarks.parts.workloads import Files, Workload
 Result: TypeAlias = dict[str, Any]
 REFERENCE = "umbel"
 WHERE = "umbel bench engine"
+COLUMNS = ("s a round", "× Umbel", "end of round 1, s", "CPU s a round", "peak MB", "loss")
 QUICK_ROUNDS = {"W1": 3, "W2": 10}
 
 
@@ -101,13 +102,32 @@ def measure(options: argparse.Namespace) -> Result:
             bench = Bench(workload, files, place, environment, options, _note)
             result["workloads"].append(bench.run(chosen, repeat) | {"value": value})
             files.data.unlink()
-    result["load"] = {"before": list(before), "after": list(os.getloadavg())}
-    if options.save:
-        result["pictures"] = [str(path) for path in pictures.draw(result, options.save)]
-        name = f"engine-{options.sweep}.json" if options.sweep else "engine.json"
-        text = json.dumps(result, indent=2, default=str) + "\n"
-        (options.save / name).write_text(text, encoding="utf-8")
+            result["load"] = {"before": list(before), "after": list(os.getloadavg())}
+            _save(result, options.save)
     return result
+
+
+def _save(result: Result, folder: Path | None) -> None:
+    """After each workload, so that who interrupts the next one keeps what there is."""
+    if folder is None:
+        return
+    result["pictures"] = [str(path) for path in pictures.draw(result, folder)]
+    name = f"engine-{result['sweep']}.json" if result["sweep"] else "engine.json"
+    text = json.dumps(result, indent=2, default=str) + "\n"
+    (folder / name).write_text(text, encoding="utf-8")
+    (folder / name).with_suffix(".md").write_text(_markdown(result), encoding="utf-8")
+
+
+def _markdown(result: Result) -> str:
+    """The tables as a document takes them."""
+    lines = []
+    for work in result["workloads"]:
+        lines += [f"{work['name']}: {work['title']}", "", f"| system | {' | '.join(COLUMNS)} |"]
+        lines.append("|---" + "|---:" * len(COLUMNS) + "|")
+        lines += [f"| {' | '.join([r['title'], *_cells(r)])} |" for r in work["systems"]]
+        floor = f"| floor: its matrix products | {work['floor']['seconds']:.3g} "
+        lines += [floor + "| " * (len(COLUMNS) - 1) + "|", ""]
+    return "\n".join(lines)
 
 
 class Bench:
@@ -304,9 +324,8 @@ def show(result: Result) -> None:
             console.print(f"{result['sweep']} {work['value']}")
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("system")
-        for title in ("s a round", "× Umbel", "end of round 1, s", "CPU s a round", "peak MB"):
+        for title in COLUMNS:
             table.add_column(title, justify="right")
-        table.add_column("loss", justify="right")
         for row in work["systems"]:
             table.add_row(row["title"], *_cells(row))
         floor = work["floor"]
@@ -329,7 +348,7 @@ def show(result: Result) -> None:
 
 def _cells(row: Result) -> list[str]:
     if "error" in row:
-        return ["–"] * 6
+        return ["–"] * len(COLUMNS)
     peak, ratio = row["peak_bytes"], row["ratio"]
     return [
         f"{row['seconds_per_round']:.3g}",

@@ -280,6 +280,7 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["machine"]["cores"] == os.cpu_count()
     assert json.loads((tmp_path / "engine.json").read_text())["workloads"] == result["workloads"]
     assert (tmp_path / "engine-W2.png").stat().st_size > 5000
+    assert "| plain loop, 2 processes | " in (tmp_path / "engine.md").read_text()
     engine.show(result)
     table = capsys.readouterr().out
     assert "plain loop, 2 processes" in table
