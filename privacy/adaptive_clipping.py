@@ -16,7 +16,6 @@ from torch import Tensor
 
 from umbel.core.errors import InputError
 from umbel.privacy.clipping import check_clip_norm
-from umbel.privacy.mechanisms import Relation, factor
 from umbel.privacy.noise import normals
 from umbel.privacy.streams import Stream
 
@@ -93,23 +92,20 @@ def noised_count(norms: Tensor, clip_norm: float, std: float, stream: Stream) ->
     return bits + std * float(normals(stream, 1)[0])
 
 
-def split(
-    noise_multiplier: float, count_std: float, relation: Relation = "add-or-remove-one"
-) -> Split:
+def split(noise_multiplier: float, count_std: float) -> Split:
     """Shares ``noise_multiplier`` so that contributions and bits together cost what it says.
 
     z_delta = (z^-2 - (2 count_std)^-2)^(-1/2), Theorem 1. One Gaussian with multiplier z is
-    accounted for both. The paper takes count_std = m / 20, which hardly raises z_delta.
+    accounted for both. The paper takes count_std = m / 20, which hardly raises z_delta. Replace-one
+    doubles the sensitivities of both, so that the split is the same.
 
     Args:
         noise_multiplier: z, as accounted; 0 leaves both without noise.
         count_std: absolute std on the sum of the bits, > z / 2.
-        relation: replace-one doubles the sensitivities of both, so the split is the same.
 
     Raises:
         InputError: the bits alone would cost more than z allows.
     """
-    factor(relation)
     if noise_multiplier == 0:
         return Split(0.0, 0.0)
     rest = noise_multiplier**-2 - (2 * count_std) ** -2 if count_std > 0 else -1.0

@@ -183,7 +183,7 @@ def encode(vector: F64, grid: Grid, diagonal: F64, private: Stream) -> I64:
 def decode(total: I64, grid: Grid, diagonal: F64) -> F64:
     """The noisy sum of the clients' vectors, (length,), from their modular sum. Algorithm 2."""
     half = grid.modulus // 2
-    centred = (total + half) % grid.modulus - half
+    centred = ((total + half) % grid.modulus - half).astype(np.float64)
     rotated: F64 = hadamard(centred * grid.step) * diagonal
     return rotated[: grid.length]
 

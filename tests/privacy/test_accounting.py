@@ -46,7 +46,8 @@ def sampled(noise_multiplier: float, rate: float) -> Gaussian:
 
 
 UNEQUAL = {sampled(1.0, 0.01): 500, sampled(1.3, 0.02): 300, sampled(0.8, 0.005): 200}
-FEDERATED = sampled(1.0, 64 / 1024)  # batches of 64 of 1,000 examples: 16 steps cover the data once
+# 1,000 examples in 16 Poisson batches a round, of 64 or so: q = 1/16, as Opacus' loader has it.
+FEDERATED = sampled(1.0, 1 / 16)
 
 # dp-accounting 0.6.0 in its default settings: RdpAccountant and PLDAccountant, delta 1e-5.
 GOLDENS = [
