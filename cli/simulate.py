@@ -145,16 +145,13 @@ def check_engine(name: str) -> None:
     """Refuses an engine that does not exist, before anything is loaded.
 
     Raises:
-        InputError: unknown, or not in this version.
+        InputError: unknown.
     """
     from umbel.core import registry
 
     engines = registry.known("engines")
     if name in engines or ":" in name:
         return
-    if name in ("ray", "flower"):
-        message = f"engine '{name}' is not supported by this version"
-        raise InputError(message, where="--engine", fix=f"use {' or '.join(engines)}")
     raise InputError(f"unknown engine '{name}'", where="--engine", fix=suggest(name, engines))
 
 

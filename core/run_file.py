@@ -55,6 +55,10 @@ class Run(Settings):
     """Simulation: how the vectorised engine computes, such as ``grouped:chunk=5``; ``None``: the
     fastest in a short trial. It decides the last bits of the result, so it stands in the run's
     record and a resumed run keeps it."""
+    ray_address: str | None = None
+    """``--engine ray``: a cluster to join, such as ``10.0.0.1:6379``, or ``auto`` for one on this
+    machine; ``None``: the environment's ``RAY_ADDRESS``, else a cluster of this machine's cores for
+    the time of the run."""
 
 
 class Split(Open):

@@ -149,7 +149,7 @@ def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
     """Refuses to go on with another configuration; ``rounds`` and how it is run may differ."""
     left, right = given.model_dump(mode="json"), stored.model_dump(mode="json")
     for table in (left, right):
-        for key in ("store", "checkpoint_seconds", "processes", "engine_plan"):
+        for key in ("store", "checkpoint_seconds", "processes", "engine_plan", "ray_address"):
             table["run"].pop(key)
     growing = left["run"].pop("rounds") != right["run"].pop("rounds")
     if growing and given.client.model_dump()["schedule"] != "constant":

@@ -24,7 +24,7 @@ from umbel.core.trees import Model
 from umbel.datasets.federated import FederatedData
 from umbel.simulations import chunks, stacks, trial
 from umbel.simulations.choose import choose
-from umbel.simulations.dispatch import Dispatch
+from umbel.simulations.dispatch import Dispatch, Dispatcher
 from umbel.simulations.groups import Group, groups
 from umbel.simulations.kernels.kernel import Chunk, Kernel, Obstacle
 from umbel.simulations.plan import Choice, EnginePlan
@@ -105,6 +105,7 @@ class Vectorised:
         largest_chunk: int | None,
         pinned: EnginePlan | None,
         processes: int | None,
+        dispatch: Callable[[Vectorised], Dispatcher] | None = None,
     ) -> None:
         self._residents = residents
         self._runtime = residents.runtime
@@ -114,7 +115,11 @@ class Vectorised:
         self._pinned = pinned
         self._trainer = Trainer(residents, self._memory)
         self._found: _Found | None = None
-        self._dispatch = Dispatch(self._group, processes, self._runtime.device, announce)
+        self._dispatch: Dispatcher = (
+            Dispatch(self.compute, processes, self._runtime.device, announce)
+            if dispatch is None
+            else dispatch(self)
+        )
 
     def clients(self) -> Sequence[str]:
         """The names of the clients."""
@@ -233,13 +238,16 @@ class Vectorised:
                 self._announce(text)
             yield result
 
-    def _group(
+    def compute(
         self, plan: TrainPlan, dealt: Sequence[chunks.Places]
     ) -> tuple[Folded | list[Updates | Failure], list[str]]:
         """Trains chunks, in this process or in a worker: the result, and what is to be announced.
 
-        The result is a function of the arguments and of what the first round found.
+        The result is a function of the arguments and of what the first round found. A worker that
+        was not there then finds the same where the plan is pinned.
         """
+        if self._found is None:
+            self._found = self._find(plan)
         said: list[str] = []
         items = (item for places in dealt for item in self._items(plan, places, said))
         if plan.fold is None:

@@ -221,7 +221,6 @@ def test_check_prints_the_plan(ask: Json, say: Say) -> None:
         (["check"], "no run file"),
         (["simulate", "run.toml", "--set", "client.lrr=1"], "unknown key 'lrr' in [client]"),
         (["simulate", "run.toml", "--set", "strategy.cohort=4"], "4"),
-        (["simulate", "run.toml", "--engine", "ray"], "engine 'ray' is not supported"),
         (["simulate", "run.toml", "--engine", "sequental"], "unknown engine 'sequental'"),
         (["simulate", "run.toml", "--store", "postgresql://x/y"], "PostgreSQL is not supported"),
         (["simulate", "--resume", "x"], "no run 'x'"),
