@@ -107,9 +107,15 @@ class RayDispatch:
             InputError: a worker cannot load the run's parts, or has another version of Umbel.
             Exception: what a worker raised, with its traceback as a note.
         """
-        if self._local.wide(sum(len(chunk) for group in groups for chunk in group.chunks)):
+        clients = sum(len(chunk) for group in groups for chunk in group.chunks)
+        if self._local.wide(clients):
             yield from self._local.run(plan, groups)
             return
+        # Until the last result was used: threads of a sum, spinning, would take workers' cores.
+        with self.threads(clients):
+            yield from self._run(plan, groups)
+
+    def _run(self, plan: TrainPlan, groups: Sequence[Group]) -> Iterator[Any]:
         self._number += 1
         # A group's plan names its own clients, so no worker needs the others.
         shared = ray.put(pack((self._plan(), plan.part(plan.clients[:1]))))
