@@ -13,7 +13,6 @@ until that is used again.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import numpy as np
 from umbel.core.errors import InputError
 from umbel.privacy.secure_aggregation import boxes, graph, shamir
 from umbel.privacy.secure_aggregation.agreement import KeyPair, Purpose, RoundKeys
-from umbel.privacy.secure_aggregation.identities import PROTOCOL, Directory, Identity
+from umbel.privacy.secure_aggregation.identities import Directory, Identity
 from umbel.privacy.secure_aggregation.keystream import Words, add_streams
 from umbel.privacy.secure_aggregation.messages import (
     DIGEST_BYTES,
@@ -47,11 +46,15 @@ from umbel.privacy.secure_aggregation.messages import (
 )
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
 from umbel.privacy.secure_aggregation.rosters import accept_roster
+from umbel.privacy.secure_aggregation.statements import (
+    SIGN_ADVERT,
+    SIGN_REFUSAL,
+    SIGN_SURVIVORS,
+    seed_digest,
+    survivors_digest,
+)
 from umbel.privacy.secure_aggregation.terms import Policy, Terms
-
-SIGN_ADVERT = b"advert"
-SIGN_SURVIVORS = b"survivors"
-SIGN_REFUSAL = b"refusal"
+from umbel.privacy.secure_aggregation.words import pack_words
 
 
 @dataclass
@@ -389,44 +392,3 @@ class Client:
         self._over = Reason.ALREADY_UNMASKED
         self._forget()
         return Unmask(self.member, seeds, keys)
-
-
-def seed_digest(graph_digest: bytes, member: int, seed: bytes) -> bytes:
-    """What the server compares a rebuilt seed with; a seed has 256 bits, so it shows nothing."""
-    head = PROTOCOL + b"\0seed\0" + graph_digest + member.to_bytes(4, "big")
-    return hashlib.sha256(head + seed).digest()
-
-
-def survivors_digest(message: Survivors, graph_digest: bytes) -> bytes:
-    """What a consent signs."""
-    return hashlib.sha256(PROTOCOL + b"\0survivors\0" + message.signed(graph_digest)).digest()
-
-
-def pack_words(words: Words, terms: Terms) -> memoryview:
-    """Words modulo 2**ring_bits, little-endian, ``word_bytes`` each; changes ``words``."""
-    if terms.ring_bits < 32:
-        words &= np.uint32((1 << terms.ring_bits) - 1)
-    if terms.word_bytes == 4:
-        return words.view(np.uint8).data
-    narrow = words.view(np.uint8).reshape(-1, 4)[:, : terms.word_bytes]
-    return memoryview(narrow.tobytes())
-
-
-def unpack_words(data: bytes | memoryview, terms: Terms) -> Words:
-    """The words of ``pack_words``.
-
-    Raises:
-        Refused: another length, or a word outside the ring.
-    """
-    if len(data) != terms.size * terms.word_bytes:
-        raise Refused(Reason.MALFORMED, f"{len(data)} bytes for {terms.size} elements")
-    if terms.word_bytes == 4:
-        words = np.frombuffer(data, dtype="<u4")
-    else:
-        wide = np.zeros((terms.size, 4), dtype=np.uint8)
-        narrow = np.frombuffer(data, dtype=np.uint8).reshape(-1, terms.word_bytes)
-        wide[:, : terms.word_bytes] = narrow
-        words = wide.reshape(-1).view("<u4")
-    if terms.ring_bits % 8 and int(words.max()) >> terms.ring_bits:
-        raise Refused(Reason.MALFORMED, f"an element lies outside {terms.ring_bits} bits")
-    return words

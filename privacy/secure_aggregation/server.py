@@ -16,11 +16,6 @@ import numpy as np
 
 from umbel.privacy.secure_aggregation import graph
 from umbel.privacy.secure_aggregation.agreement import RoundKeys
-from umbel.privacy.secure_aggregation.client import (
-    SIGN_ADVERT,
-    SIGN_REFUSAL,
-    unpack_words,
-)
 from umbel.privacy.secure_aggregation.identities import Directory
 from umbel.privacy.secure_aggregation.keystream import Words
 from umbel.privacy.secure_aggregation.messages import (
@@ -43,8 +38,10 @@ from umbel.privacy.secure_aggregation.messages import (
 )
 from umbel.privacy.secure_aggregation.parameters import MAX_DRAWS, Design
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
+from umbel.privacy.secure_aggregation.statements import SIGN_ADVERT, SIGN_REFUSAL
 from umbel.privacy.secure_aggregation.terms import Terms
 from umbel.privacy.secure_aggregation.unmasking import Cannot, unmask
+from umbel.privacy.secure_aggregation.words import unpack_words
 
 
 class Stage(Enum):

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from umbel.privacy.secure_aggregation import shamir
 from umbel.privacy.secure_aggregation.agreement import KeyPair, Purpose, RoundKeys
-from umbel.privacy.secure_aggregation.client import seed_digest
 from umbel.privacy.secure_aggregation.keystream import Words, add_streams
 from umbel.privacy.secure_aggregation.messages import Unmask
+from umbel.privacy.secure_aggregation.statements import seed_digest
 
 
 class Cannot(Exception):

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from umbel.core.errors import InputError
-from umbel.privacy.secure_aggregation.client import pack_words, unpack_words
 from umbel.privacy.secure_aggregation.encoding import Layout, Real, Whole
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
 from umbel.privacy.secure_aggregation.terms import Policy, Terms, widest_values
+from umbel.privacy.secure_aggregation.words import pack_words, unpack_words
 
 
 @given(

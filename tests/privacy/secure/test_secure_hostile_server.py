@@ -14,7 +14,6 @@ from dataclasses import replace
 import pytest
 
 from umbel.privacy.secure_aggregation import graph
-from umbel.privacy.secure_aggregation.client import SIGN_ADVERT, SIGN_REFUSAL, SIGN_SURVIVORS
 from umbel.privacy.secure_aggregation.messages import (
     ADVERT_BYTES,
     Advert,
@@ -30,6 +29,7 @@ from umbel.privacy.secure_aggregation.messages import (
     encode,
 )
 from umbel.privacy.secure_aggregation.refusals import Reason
+from umbel.privacy.secure_aggregation.statements import SIGN_ADVERT, SIGN_REFUSAL, SIGN_SURVIVORS
 from umbel.privacy.secure_aggregation.terms import Policy, widest_values
 
 

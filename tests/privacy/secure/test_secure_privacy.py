@@ -10,7 +10,6 @@ from scipy import stats
 
 from umbel.privacy.secure_aggregation import client as client_module
 from umbel.privacy.secure_aggregation import shamir
-from umbel.privacy.secure_aggregation.client import unpack_words
 from umbel.privacy.secure_aggregation.encoding import Layout, Whole
 from umbel.privacy.secure_aggregation.in_process import run_round
 from umbel.privacy.secure_aggregation.messages import (
@@ -28,6 +27,7 @@ from umbel.privacy.secure_aggregation.messages import (
 )
 from umbel.privacy.secure_aggregation.refusals import Refused
 from umbel.privacy.secure_aggregation.server import Aborted, Outbox, Stage, Total
+from umbel.privacy.secure_aggregation.words import unpack_words
 
 
 def masked_vectors(cohort):

@@ -1,0 +1,23 @@
+"""What is signed and what is committed to, said once for client and server."""
+
+from __future__ import annotations
+
+import hashlib
+
+from umbel.privacy.secure_aggregation.identities import PROTOCOL
+from umbel.privacy.secure_aggregation.messages import Survivors
+
+SIGN_ADVERT = b"advert"
+SIGN_SURVIVORS = b"survivors"
+SIGN_REFUSAL = b"refusal"
+
+
+def seed_digest(graph_digest: bytes, member: int, seed: bytes) -> bytes:
+    """What the server compares a rebuilt seed with; a seed has 256 bits, so it shows nothing."""
+    head = PROTOCOL + b"\0seed\0" + graph_digest + member.to_bytes(4, "big")
+    return hashlib.sha256(head + seed).digest()
+
+
+def survivors_digest(message: Survivors, graph_digest: bytes) -> bytes:
+    """What a consent signs."""
+    return hashlib.sha256(PROTOCOL + b"\0survivors\0" + message.signed(graph_digest)).digest()
