@@ -47,7 +47,7 @@ INTEGER_ORDERS: tuple[float, ...] = (*map(float, range(2, 129)), 256.0, 512.0, 1
 _SLACK = 1e-13
 
 # What PLD's Fourier transforms lose of the tail: against the exact Gaussian they understate delta
-# by up to 5e-14 over 10^4 releases (tests/privacy/test_accounting.py). Taken off delta, with room.
+# by up to 4e-13 over 20,000 releases (tests/privacy/test_accounting.py): taken off, with room.
 _LOST = 1e-12
 _LOST_PER_RELEASE = 1e-15
 

@@ -95,15 +95,16 @@ def test_opacus_agrees(history: dict[Gaussian, int]) -> None:
 
 
 @pytest.mark.parametrize("delta", [1e-5, 1e-8, 1e-10, 1e-12, 1e-14])
-@pytest.mark.parametrize(("noise_multiplier", "steps"), [(3.0, 1000), (50.0, 10_000), (10.0, 100)])
+@pytest.mark.parametrize(("noise_multiplier", "steps"), [(3.0, 100), (10.0, 1000), (30.0, 20_000)])
 def test_pld_is_an_upper_bound_where_its_transforms_lose_mass(
     noise_multiplier: float, steps: int, delta: float
 ) -> None:
     # Sampled with a probability of almost one: all the numerics, and a known answer below it.
-    almost = {sampled(noise_multiplier, 1 - 1e-9): steps}
+    # dp-accounting alone is below it in the last case: by 0.0017 at 1e-10, by 0.13 at 1e-12.
+    almost = {sampled(noise_multiplier, 1 - 1e-12): steps}
     exact = dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta)
     found = pld_epsilon(almost, delta)
-    assert found >= exact - 1e-4  # what 1e-9 of sampling may hide
+    assert found >= exact - 1e-7  # what 1e-12 of sampling may hide
     if delta >= 1e-8:
         assert found == pytest.approx(exact, rel=1e-3)
 
