@@ -13,7 +13,6 @@ until that is used again.
 
 from __future__ import annotations
 
-import hmac
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,6 +52,7 @@ from umbel.privacy.secure_aggregation.statements import (
     seed_digest,
     survivors_digest,
 )
+from umbel.privacy.secure_aggregation.survivors import accept_survivors
 from umbel.privacy.secure_aggregation.terms import Policy, Terms
 from umbel.privacy.secure_aggregation.words import pack_words
 
@@ -322,46 +322,21 @@ class Client:
 
     def _on_survivors(self, message: Survivors) -> Consent:
         assert self._roster is not None
-        me, active, dead = self.member, set(message.active), set(message.dead)
-        if both := active & dead:
-            raise Refused(Reason.ACTIVE_AND_DEAD, f"member {min(both)} is active and dead")
-        if me not in active:
-            raise Refused(Reason.DECLARED_DEAD, "this client is alive and not in the sum")
-        if strangers := (active | dead) - set(self._members):
-            raise Refused(Reason.UNKNOWN_MEMBER, f"member {min(strangers)} is not in the roster")
-        if len(active) < self._policy.min_cohort:
-            raise Refused(
-                Reason.TOO_FEW_SURVIVORS,
-                f"{len(active)} in the sum, policy asks for {self._policy.min_cohort}",
-            )
-        # Whoever is in the sum or dealt shares has its mask in this client's vector, and no other.
-        if odd := ((active | dead) & set(self._neighbours)) ^ self._edges.keys():
-            raise Refused(
-                Reason.UNACCOUNTED_NEIGHBOUR,
-                f"neighbour {min(odd)} shares a mask and is left out, or the reverse",
-            )
-        alive = active & self._edges.keys()
-        if len(alive) < self._roster.threshold:
-            raise Refused(
-                Reason.TOO_FEW_SURVIVORS,
-                f"{len(alive)} neighbours in the sum, need {self._roster.threshold}",
-            )
-        tags = dict(message.tags)
-        for them in alive:
-            key = self._edges[them].confirmation
-            if not hmac.compare_digest(
-                tags.pop(them, b""), boxes.confirm(key, self._graph_digest, them, me)
-            ):
-                raise Refused(
-                    Reason.UNCONFIRMED_EDGE, f"neighbour {them} did not confirm the mask with it"
-                )
-        if tags:
-            raise Refused(Reason.NOT_A_NEIGHBOUR, f"a tag from {min(tags)}, unasked for")
+        accept_survivors(
+            message,
+            me=self.member,
+            members=self._members,
+            neighbours=self._neighbours,
+            confirmations={them: edge.confirmation for them, edge in self._edges.items()},
+            threshold=self._roster.threshold,
+            min_cohort=self._policy.min_cohort,
+            graph_digest=self._graph_digest,
+        )
         self._survivors = message
         self._consent_digest = survivors_digest(message, self._graph_digest)
         signature = self._identity.sign(SIGN_SURVIVORS, self._consent_digest)
         self._expects = (Consents,)
-        return Consent(me, self._consent_digest, signature)
+        return Consent(self.member, self._consent_digest, signature)
 
     def _on_consents(self, message: Consents) -> Unmask:
         assert self._roster is not None
