@@ -140,11 +140,6 @@ def check(run: RunFile) -> dict[str, Any]:
     return plan(prepare(run))
 
 
-def stored_run(store: str, run_id: str) -> RunFile:
-    """The configuration of a run in ``store``."""
-    return RunStore(store).get(run_id).run
-
-
 def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
     """Refuses to go on with another configuration; ``rounds`` and how it is run may differ."""
     left, right = given.model_dump(mode="json"), stored.model_dump(mode="json")
