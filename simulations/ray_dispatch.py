@@ -56,7 +56,7 @@ class RayDispatch:
         plan: the engine's plan as text, once the first round has found one.
         subject: what workers are told.
         data: who holds what; test examples stay here.
-        most: workers, at most; ``None``: one for each CPU that the cluster has free.
+        most: workers, at most; ``None``: one for each CPU that the cluster has free, now or later.
         early: how many to start at once, while this process looks for a plan.
         announce: told what a user should know.
 
@@ -84,10 +84,11 @@ class RayDispatch:
         self._idle: list[_Actor] = []
         self._busy: dict[Any, tuple[_Actor, int, int]] = {}
         self._remote = ray.remote(num_cpus=1, max_restarts=0)(Worker)
-        self._most = most or max(1, free_cpus())
+        self._most, self._grows = most or 1, most is None
         self._need_a_cpu()
         self._told = [ray.put(_pickled(subject)), ray.put(data)]
         self._folders = _folders()
+        self._grow()
         self._staff(early)
 
     def threads(self, clients: int) -> AbstractContextManager[None]:
@@ -117,6 +118,7 @@ class RayDispatch:
 
     def _run(self, plan: TrainPlan, groups: Sequence[Group]) -> Iterator[Any]:
         self._number += 1
+        self._grow()
         # A group's plan names its own clients, so no worker needs the others.
         shared = ray.put(pack((self._plan(), plan.part(plan.clients[:1]))))
         waiting, lost = set(range(len(groups))), Counter[int]()
@@ -134,6 +136,13 @@ class RayDispatch:
             ray.kill(actor.handle)
         self._asked, self._idle, self._busy, self._told = {}, [], {}, []
         self._cluster.close()
+
+    def _grow(self) -> None:
+        """Takes note of CPUs that became free, or came with a node."""
+        # What a worker that is still starting will take may count as free.
+        if self._grows and not self._asked:
+            there = len(self._idle) + len(self._busy)
+            self._most = max(self._most, there + free_cpus())
 
     def _staff(self, groups: int) -> None:
         """Starts workers until there is one for each group, or as many as there may be."""
