@@ -31,10 +31,15 @@ def at_server(task: Task, module: nn.Module, test: Arrays, device: str) -> Evalu
     return scores
 
 
-def at_clients(run: RunFile, federation: Federation) -> Evaluate:
+def at_clients(run: RunFile, federation: Federation, per_client: bool) -> Evaluate:
     """Scores a model on the clients' own test parts; the global figures are those of their union.
 
     A mean over the union is the mean of the clients' means, weighted by their test examples.
+
+    Args:
+        run: the run file.
+        federation: where the clients are.
+        per_client: whether each client's own figures are kept.
     """
 
     def scores(round_number: int, model: Model) -> Scores:
@@ -48,8 +53,7 @@ def at_clients(run: RunFile, federation: Federation) -> Evaluate:
             else:
                 found.append(item)
         found.sort(key=lambda e: e.client)  # sums are taken in client order
-        shown = run.evaluate.per_client
-        each = {e.client: e.metrics for e in found} if shown or shown is None else {}
+        each = {e.client: e.metrics for e in found} if per_client else {}
         return Scores(_union(found), each, failures)
 
     return scores
@@ -75,8 +79,8 @@ def evaluation(
     """
     per_client = run.evaluate.per_client
     if per_client is None:
-        per_client = test is None or len(federation.clients()) <= MANY
-    clients = at_clients(run, federation)
+        per_client = len(federation.clients()) <= MANY
+    clients = at_clients(run, federation, per_client)
     server = at_server(task, module, test, device) if test is not None else None
 
     def scores(round_number: int, model: Model) -> Scores:
