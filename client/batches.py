@@ -63,6 +63,16 @@ def steps_of(n: Any, batch_size: BatchSize, epochs: int | None, steps: int | Non
     return n * 0 + epochs if batch_size == "full" else epochs * -(-n // batch_size)
 
 
+def counts_of(sizes: Index, batch_size: BatchSize, epochs: int | None, steps: int | None) -> Index:
+    """(steps, C): how many examples each batch of each client holds; 0 past its last step."""
+    width = sizes if batch_size == "full" else np.minimum(sizes, batch_size)
+    total = np.asarray(steps_of(sizes, batch_size, epochs, steps))
+    step = np.arange(total.max(initial=0))[:, None]
+    left = sizes - (step % -(-sizes // width)) * width
+    counted: Index = np.where(step < total, np.minimum(width, left), 0)
+    return counted
+
+
 class Padded(NamedTuple):
     """The batches of C clients as rectangles.
 

@@ -217,14 +217,14 @@ class Vectorised:
     def _groups(self, places: chunks.Places, found: _Found) -> list[Group]:
         """The clients at these places, dealt to chunks and these to groups."""
         assert found.choice is not None
-        size = self._runtime.run.client.batch_size
+        run = self._runtime.run
         sizes = self._residents.data.train_holdings.sizes_at(places)
         bounds = [self._largest, found.choice.plan.chunk]
         if found.choice.plan.chunk is None:
             bounds.append(_share(sizes, found.footprint))
         dealt = chunks.chunks(
             sizes,
-            None if size == "full" else size,
+            chunks.Length(run.client.batch_size, *run.round_length),
             found.footprint,
             self._memory,
             min((n for n in bounds if n is not None), default=None),
