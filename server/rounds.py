@@ -49,10 +49,10 @@ def rounds(
         RunError: three rounds in a row, or all, without one valid update.
     """
     clients = federation.clients()
-    wanted = cohort_size(run.strategy, len(clients))
+    wanted = cohort_size(run.strategy, len(clients), strategy.combine.fewest)
     cap = weight_cap(federation.examples(), run.strategy.max_weight)
     fold = None if strategy.combine.merge is None else Fold(run.strategy, cap)
-    quorum = run.strategy.quorum or 1
+    quorum = max(run.strategy.quorum or 1, strategy.combine.fewest)
     _, model, state = start
     empty = 0
     for number in range(start.round + 1, run.run.rounds + 1):

@@ -14,11 +14,16 @@ from umbel.core.run_file import Strategy
 WHERE = "[strategy]"
 
 
-def cohort_size(section: Strategy, clients: int) -> int:
+def cohort_size(section: Strategy, clients: int, fewest: int = 1) -> int:
     """How many clients a round wants.
 
+    Args:
+        section: the strategy.
+        clients: how many there are.
+        fewest: updates without which the strategy has no result.
+
     Raises:
-        InputError: more than there are, or a quorum above the cohort.
+        InputError: more than there are, a quorum above the cohort, or a cohort below ``fewest``.
     """
     wanted = section.cohort
     if wanted is None:
@@ -38,6 +43,13 @@ def cohort_size(section: Strategy, clients: int) -> int:
             f"quorum = {section.quorum} is more than the cohort of {size}",
             where=WHERE,
             fix=f"set quorum to {size} or less",
+        )
+    if size < fewest:
+        raise InputError(
+            f"{section.name} with these parameters needs {fewest} or more updates a round, and the "
+            f"cohort is {size}",
+            where=WHERE,
+            fix=f"set cohort to {fewest} or more, or lower f",
         )
     return size
 

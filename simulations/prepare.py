@@ -44,7 +44,7 @@ def prepare(run: RunFile) -> Prepared:
     """
     strategy = build_strategy(run.strategy)
     data = load(run.data, run.run.seed)
-    cohort_size(run.strategy, len(data.names))
+    cohort_size(run.strategy, len(data.names), strategy.combine.fewest)
     task = build_task(run.task, data.info)
     module = initial_module(task, run.run.seed)
     metrics = _try(task, module, data)

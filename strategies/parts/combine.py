@@ -39,12 +39,14 @@ class Combiner(NamedTuple):
             the memory of the first. ``None`` where the whole cohort is needed in one place, as by
             robust rules: workers then hand every update back.
         finish: accumulator -> :class:`Combined`.
+        fewest: updates without which there is no result; a round with fewer leaves the model.
     """
 
     zero: Callable[[Tree], Any]
     add: Callable[[Any, Updates], Any]
     merge: Callable[[Any, Any], Any] | None
     finish: Callable[[Any], Combined]
+    fewest: int = 1
 
 
 class Sums(NamedTuple):
