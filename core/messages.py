@@ -27,8 +27,11 @@ HELLO, TRAIN, EVALUATE = "query.hello", "train", "evaluate"
 # The records of a message, and the one value that each holds.
 MANIFEST, MODEL = "manifest", "model"
 
+# Errors of a deployment's own transport, beside Flower's codes.
+BROKEN_SEAL, OTHER_NAME = 100, 101
+
 PROBLEMS = {
-    "policy": "does not allow a part that the run names",
+    "policy": "does not allow what the run asks for",
     "request": "cannot read the request; is it the same version of Umbel?",
     "data": "cannot read its data",
     "client": "is not the client that the request names",

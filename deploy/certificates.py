@@ -6,13 +6,13 @@ Private keys are written for their owner's eyes alone (0600), and never over a f
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -20,8 +20,11 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from umbel.core.signing import fingerprint, write_new
 
 CLOCK_SKEW = timedelta(hours=1)
 
@@ -47,36 +50,61 @@ def make_server_files(folder: Path, hosts: Sequence[str], days: int) -> ServerFi
     Raises:
         FileExistsError: a file is there already.
     """
-    authority_key = ec.generate_private_key(ec.SECP384R1())
-    authority_name = _name("Umbel federation authority")
-    authority = (
-        _builder(authority_name, authority_name, authority_key.public_key(), days)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs_certificates=True), critical=True)
-        .add_extension(
-            x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key()), critical=False
-        )
-        .sign(authority_key, hashes.SHA384())
-    )
     key = ec.generate_private_key(ec.SECP384R1())
-    certificate = (
-        _builder(_name(hosts[0]), authority_name, key.public_key(), days)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()),
-            critical=False,
-        )
-        .sign(authority_key, hashes.SHA384())
-    )
-    files = ServerFiles(folder / "authority.pem", folder / "server.pem", folder / "server.key")
-    _write(files.authority, authority.public_bytes(Encoding.PEM), 0o644)
-    _write(files.certificate, certificate.public_bytes(Encoding.PEM), 0o644)
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    _write(files.key, pem, 0o600)
-    return files
+    authority = _authority(key, days)
+    write_new(folder / "authority.pem", authority.public_bytes(Encoding.PEM), 0o644)
+    return _issue(folder, authority, key, hosts, days)
+
+
+def make_authority(folder: Path, days: int) -> Path:
+    """Makes an authority that is kept: ``authority.key`` (0600) and ``authority.pem``, returned.
+
+    Raises:
+        FileExistsError: a file is there already.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    write_new(folder / "authority.key", _private_pem(key), 0o600)
+    write_new(folder / "authority.pem", _authority(key, days).public_bytes(Encoding.PEM), 0o644)
+    return folder / "authority.pem"
+
+
+def issue_server_files(folder: Path, hosts: Sequence[str], days: int) -> ServerFiles:
+    """Makes a certificate for ``hosts`` by the authority that is kept in ``folder``.
+
+    Raises:
+        FileExistsError: there is a certificate already.
+    """
+    authority = x509.load_pem_x509_certificate((folder / "authority.pem").read_bytes())
+    key = load_pem_private_key((folder / "authority.key").read_bytes(), password=None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return _issue(folder, authority, key, hosts, days)
+
+
+def authority_fingerprint(pem: bytes) -> str:
+    """What whoever joins must be told by another way than the file itself.
+
+    Raises:
+        ValueError: not a certificate.
+    """
+    return fingerprint(x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER))
+
+
+def sign_as_authority(folder: Path, message: bytes) -> bytes:
+    """ECDSA over SHA-384 by the authority that is kept in ``folder``."""
+    key = load_pem_private_key((folder / "authority.key").read_bytes(), password=None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key.sign(message, ec.ECDSA(hashes.SHA384()))
+
+
+def signed_by_authority(pem: bytes, message: bytes, signature: bytes) -> bool:
+    """Whether the authority of this certificate signed ``message``."""
+    try:
+        key = x509.load_pem_x509_certificate(pem).public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        key.verify(signature, message, ec.ECDSA(hashes.SHA384()))
+    except (InvalidSignature, ValueError, AssertionError):
+        return False
+    return True
 
 
 def make_node_key(path: Path) -> Path:
@@ -88,10 +116,51 @@ def make_node_key(path: Path) -> Path:
         FileExistsError: a file is there already.
     """
     key = ec.generate_private_key(ec.SECP384R1())
-    _write(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
+    write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
     public = path.with_name(f"{path.name}.pub")
-    _write(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH), 0o644)
+    write_new(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH), 0o644)
     return public
+
+
+def _authority(key: ec.EllipticCurvePrivateKey, days: int) -> x509.Certificate:
+    name = _name("Umbel federation authority")
+    return (
+        _builder(name, name, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA384())
+    )
+
+
+def _issue(
+    folder: Path,
+    authority: x509.Certificate,
+    authority_key: ec.EllipticCurvePrivateKey,
+    hosts: Sequence[str],
+    days: int,
+) -> ServerFiles:
+    key = ec.generate_private_key(ec.SECP384R1())
+    certificate = (
+        _builder(_name(hosts[0]), authority.subject, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()),
+            critical=False,
+        )
+        .sign(authority_key, hashes.SHA384())
+    )
+    files = ServerFiles(folder / "authority.pem", folder / "server.pem", folder / "server.key")
+    write_new(files.certificate, certificate.public_bytes(Encoding.PEM), 0o644)
+    write_new(files.key, _private_pem(key), 0o600)
+    return files
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def _builder(
@@ -132,9 +201,3 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)

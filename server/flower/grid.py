@@ -39,6 +39,8 @@ FLOWER_ERRORS = {
     5: "is not connected",
     7: "was sent a damaged app",
     8: "crashed",
+    messages.BROKEN_SEAL: "sent a reply that is not sealed by its key",
+    messages.OTHER_NAME: "answered under another site's name",
 }
 
 # A reply that is larger than the model by this many bytes is not read.

@@ -302,7 +302,7 @@ def test_a_site_runs_no_code_that_the_server_names(tmp_path: Path) -> None:
         data={"name": "npz", "split": split}, task={"kind": "classification", "model": hostile}
     )
     site = {"client": "a", "data": str(data)}
-    problem = r"does not allow a part that the run names \(InputError\)"
+    problem = r"does not allow what the run asks for \(InputError\)"
     with pytest.raises(RunError, match=problem):
         GridFederation(LocalGrid(client_app, [site]), run, sites=1)
     assert not told.exists()

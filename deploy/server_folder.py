@@ -1,0 +1,137 @@
+"""A server's folder: where everything that a server keeps has its place.
+
+::
+
+    server.toml     what it is called in certificates, and where it listens
+    keys/           0700: authority, server certificate, manifest key, key of sessions
+    admin.json      the admin's password, as an Argon2id hash
+    sites/          a file for each site that was approved
+    link.db         Flower's: nodes, and messages under way
+    jobs.db         the queue of runs
+    runs/           the run store
+    audit/          who was let in, who was not, what was run; hash-chained
+    logs/
+
+Whoever may write here is the server's administrator: there is no other way to give it orders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pydantic
+
+from umbel.client.folder import NAME, read_toml
+from umbel.core import signing
+from umbel.core.errors import InputError
+from umbel.core.settings import Count, Settings, parse
+
+
+class ServerSettings(Settings):
+    """``server.toml``: what the administrator decides about the machine."""
+
+    hosts: tuple[str, ...] = pydantic.Field(min_length=1, strict=False)
+    """DNS names and addresses that sites connect to; the certificate's."""
+    listen: str = "0.0.0.0"
+    """The address that it listens on."""
+    port: int = pydantic.Field(8443, ge=1, le=65535)
+    """The port that sites connect to."""
+    max_message_mb: Count = 2048
+    """The largest message that a known site may send; anybody else: 64 kB."""
+    wait_seconds: Count = 600
+    """How long a run waits for its sites to be there."""
+
+
+class SiteRecord(NamedTuple):
+    """A site that was approved.
+
+    Args:
+        name: of the site.
+        node_key: public, as Flower keeps it: PEM.
+        identity: raw Ed25519 public key, 32 bytes.
+        node_id: Flower's.
+        approved: when, ISO 8601.
+        revoked: when; empty: it is a member.
+    """
+
+    name: str
+    node_key: bytes
+    identity: bytes
+    node_id: int
+    approved: str
+    revoked: str = ""
+
+
+class ServerFolder:
+    """The folder of a server that was initialised."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.keys = self.path / "keys"
+        self.sites_folder = self.path / "sites"
+        self.logs = self.path / "logs"
+        self.audit = self.path / "audit"
+        self.settings_file = self.path / "server.toml"
+        self.authority = self.keys / "authority.pem"
+        self.authority_key = self.keys / "authority.key"
+        self.certificate = self.keys / "server.pem"
+        self.certificate_key = self.keys / "server.key"
+        self.manifest_key = self.keys / "manifest.pem"
+        self.session_key = self.keys / "session.key"
+        self.admin_file = self.path / "admin.json"
+        self.link_database = self.path / "link.db"
+        self.jobs_database = self.path / "jobs.db"
+        self.store = self.path / "runs"
+        self.audit_file = self.audit / "server.jsonl"
+        self.status_file = self.path / "status.json"
+        self.lock_file = self.path / "server.lock"
+
+    def make(self) -> None:
+        """Makes the folders, for the owner's eyes alone."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.keys, self.sites_folder, self.logs, self.audit):
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o700)
+
+    def settings(self) -> ServerSettings:
+        """What ``server.toml`` says.
+
+        Raises:
+            InputError: there is none, or a key or value is wrong.
+        """
+        table = read_toml(self.settings_file, "umbel server init --host NAME")
+        settings: ServerSettings = parse(ServerSettings, table, str(self.settings_file))
+        return settings
+
+    def sites(self) -> dict[str, SiteRecord]:
+        """Every site that was ever approved, by name."""
+        return {site.name: site for site in self._sites()}
+
+    def members(self) -> dict[str, SiteRecord]:
+        """The sites that may take part."""
+        return {name: site for name, site in self.sites().items() if not site.revoked}
+
+    def save_site(self, site: SiteRecord) -> None:
+        """Writes a site's record in one step."""
+        table = site._asdict()
+        table["node_key"], table["identity"] = site.node_key.decode("ascii"), site.identity.hex()
+        path = self.sites_folder / f"{site.name}.json"
+        signing.replace_file(path, json.dumps(table, indent=2).encode())
+
+    def _sites(self) -> Iterator[SiteRecord]:
+        for path in sorted(self.sites_folder.glob("*.json")):
+            try:
+                table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                table["node_key"] = table["node_key"].encode("ascii")
+                table["identity"] = bytes.fromhex(table["identity"])
+                yield SiteRecord(**table)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise InputError(
+                    "a site's record is damaged", where=str(path), fix="approve the site again"
+                ) from None
+
+
+__all__ = ["NAME", "ServerFolder", "ServerSettings", "SiteRecord"]

@@ -1,0 +1,226 @@
+"""The one door of a server: Flower's Fleet API behind a gate, and nothing else of Flower.
+
+Control and Runtime APIs, by which anybody who reaches them runs code on every site, are not mounted
+at all: not on this port, not on another one. The gate stands before Flower's own checks. It reads
+no body that is large, unless a site's key has signed for the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import uvicorn
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from fastapi import FastAPI
+from flwr.common.constant import TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.error import http_error_translator
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet.router import router
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+SMALL = 64 * 1024
+"""Bytes that a body of anybody may have: all requests but those that carry results."""
+
+OPEN = frozenset(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+"""What is reachable. Registering is the administrator's, in person."""
+
+HEALTH = "/health"
+
+log = logging.getLogger("umbel.server")
+
+
+class Door(NamedTuple):
+    """Where the server is to be reached.
+
+    Args:
+        host: the address to listen on.
+        port: the port.
+        certificate: PEM.
+        key: PEM.
+        largest: bytes that a known site's body may have.
+    """
+
+    host: str
+    port: int
+    certificate: Path
+    key: Path
+    largest: int
+
+
+class Gate:
+    """Lets requests of sites through to Flower, by path, size and signature.
+
+    Args:
+        inner: what is guarded.
+        known: whether a public key (PEM) is a member's.
+        largest: bytes that a member's body may have.
+    """
+
+    def __init__(self, inner: Application, known: Callable[[bytes], bool], largest: int) -> None:
+        self._inner = inner
+        self._known = known
+        self._largest = largest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the start and end of the server."""
+        if scope["type"] == "lifespan":
+            await self._inner(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        if scope["path"] == HEALTH and scope["method"] in ("GET", "HEAD"):
+            await _answer(send, 200, b"ok")
+            return
+        if scope["path"] not in OPEN or scope["method"] != "POST":
+            await _answer(send, 404, b"not found")
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        declared = headers.get(b"content-length", b"")
+        size = int(declared) if declared.isdigit() else None
+        room = SMALL
+        if size is None or size > SMALL:
+            if await asyncio.to_thread(self._signed, headers):
+                room = self._largest
+            if size is not None and size > room:
+                log.warning("a body of %d bytes was refused", size)
+                await _answer(send, 413, b"too large")
+                return
+        read = 0
+        cut = False
+
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal read, cut
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > room:
+                cut = True
+                return {"type": "http.disconnect"}
+            return message
+
+        async def unless_cut(message: MutableMapping[str, Any]) -> None:
+            if not cut:
+                await send(message)
+
+        try:
+            await self._inner(scope, counted, unless_cut)
+        except Exception:
+            if not cut:
+                raise
+        if cut:
+            await _answer(send, 413, b"too large")
+
+    def _signed(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether a member has signed the time that the request names, and that is now."""
+        try:
+            key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.encode()], validate=True)
+            signature = base64.b64decode(
+                headers[FLEET_HTTP_SIGNATURE_HEADER.encode()], validate=True
+            )
+            stamp = headers[TIMESTAMP_HEADER.encode()]
+            age = (now() - datetime.fromisoformat(stamp.decode("ascii"))).total_seconds()
+            public = load_pem_public_key(key)
+            if abs(age) > TIMESTAMP_TOLERANCE or not isinstance(public, ec.EllipticCurvePublicKey):
+                return False
+            public.verify(signature, stamp, ec.ECDSA(hashes.SHA256()))
+        except (KeyError, ValueError, TypeError, binascii.Error, InvalidSignature):
+            return False
+        return self._known(key)
+
+
+class Members:
+    """Whether a key is a member's, asked of the link state, remembered for a second."""
+
+    def __init__(self, factory: LinkStateFactory) -> None:
+        self._factory = factory
+        self._found: dict[bytes, tuple[float, bool]] = {}
+
+    def __call__(self, public_key: bytes) -> bool:
+        """Args: public_key: PEM."""
+        asked, answer = self._found.get(public_key, (0.0, False))
+        if time.monotonic() - asked > 1.0:
+            state = self._factory.state()
+            answer = state.get_node_id_by_public_key(public_key) is not None
+            if len(self._found) > 10_000:
+                self._found.clear()
+            self._found[public_key] = (time.monotonic(), answer)
+        return answer
+
+
+def fleet_app(factory: LinkStateFactory, largest: int) -> Gate:
+    """Flower's Fleet API over this link state, behind the gate."""
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        middleware=[
+            Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
+            Middleware(ProtobufTranslationMiddleware),
+            Middleware(NodeAuthMiddleware),
+        ],
+    )
+    app.state.linkstate_factory = factory
+    app.state.enable_supernode_auth = True
+    app.include_router(router)
+    return Gate(app, Members(factory), largest)
+
+
+def fleet_server(factory: LinkStateFactory, door: Door) -> uvicorn.Server:
+    """The server, to be run; ``should_exit`` ends it. It is known by no name and no version."""
+    config = uvicorn.Config(
+        fleet_app(factory, door.largest),
+        host=door.host,
+        port=door.port,
+        ssl_certfile=str(door.certificate),
+        ssl_keyfile=str(door.key),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        limit_concurrency=2000,
+        ws="none",
+        lifespan="off",
+    )
+    return uvicorn.Server(config)
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body))]
+    if status == 413:  # whoever goes on sending is not listened to
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
