@@ -16,8 +16,22 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from umbel.core.canonical import canonical_json as canonical_json
 from umbel.core.errors import InputError
 from umbel.core.trees import Model, Tree
+
+
+class States(Protocol):
+    """Where the clients of a run keep their own tensors; a version a round, on disk.
+
+    A round that is repeated reads what it read the first time. It can be pickled.
+    """
+
+    def get(self, round_number: int, clients: Sequence[str]) -> list[dict[str, Tensor] | None]:
+        """Each client's tensors as they were before the round; ``None`` before its first."""
+
+    def put(self, round_number: int, states: Mapping[str, Tree]) -> None:
+        """Keeps what clients have after the round, all or nothing: client -> name -> tensor."""
 
 
 class Folded(Protocol):
@@ -44,6 +58,10 @@ class TrainPlan:
             their place, gated and summed. A federation that computes in several processes folds
             where updates are made, in parts that depend on the plan alone; others need not. It can
             be pickled. ``None``: whoever asks needs every update.
+        shared: what clients are sent besides the model, ``letter/name`` -> (*shape).
+        uploads: zeros such as they send besides their deltas, ``letter/name`` -> (*shape).
+        run_id: of the run, under which clients keep their own tensors.
+        states: where clients in process keep them; never sent. ``None``: for as long as they live.
     """
 
     round: int
@@ -52,6 +70,14 @@ class TrainPlan:
     wanted: int
     deadline: float | None = None
     fold: Callable[[TrainPlan, Iterator[Updates | Failure]], Folded] | None = None
+    shared: Tree = field(default_factory=dict)
+    uploads: Tree = field(default_factory=dict)
+    run_id: str = ""
+    states: States | None = None
+
+    def expected(self) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and dtypes that an update's delta has."""
+        return {**self.model.tensors(), **self.uploads}
 
     def part(self, clients: Sequence[str]) -> TrainPlan:
         """The same for some of the clients, all of whom are wanted."""
@@ -65,7 +91,8 @@ class Updates:
     Args:
         round: the round that they answer.
         clients: C names.
-        delta: name -> (C, *shape): local minus global, for parameters and buffers.
+        delta: name -> (C, *shape): local minus global, for parameters and buffers; and what clients
+            send besides, under ``letter/name``.
         weights: (C,) float64: the number of examples each was trained on.
         metrics: name -> (C,) float64: means over the client's training examples.
     """
@@ -98,12 +125,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """One evaluation of ``model`` on the clients' own test parts."""
+    """One evaluation of ``model`` on the clients' own test parts, after ``round``.
+
+    ``run_id`` and ``states`` are those of :class:`TrainPlan`.
+    """
 
     round: int
     clients: Sequence[str]
     model: Model
     deadline: float | None = None
+    run_id: str = ""
+    states: States | None = None
 
 
 @dataclass(frozen=True)
@@ -135,11 +167,6 @@ class Federation(Protocol):
 
     def close(self) -> None:
         """Ends workers and connections."""
-
-
-def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, no NaN. For hashes and signatures."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def pack(tensors: Tree, metadata: Mapping[str, Any] | None = None) -> bytes:
