@@ -10,7 +10,7 @@ from umbel.cli import output
 from umbel.cli.output import Format, FormatOption
 from umbel.core.errors import InputError, suggest
 
-KINDS = ("strategies", "tasks", "models", "datasets", "splits", "engines", "attacks")
+KINDS = ("strategies", "tasks", "models", "adapters", "datasets", "splits", "engines", "attacks")
 
 
 def list_parts(

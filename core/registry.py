@@ -21,6 +21,7 @@ KINDS = {
     "strategies": "umbel.strategies",
     "tasks": "umbel.tasks.kinds",
     "models": "umbel.tasks.models",
+    "adapters": "umbel.tasks.adapters",
     "datasets": "umbel.datasets.readers",
     "splits": "umbel.datasets.splits",
     "engines": "umbel.simulations.engines",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -92,6 +92,13 @@ class Part(Open):
     """Name of the part, or ``module:object``; further keys are its own."""
 
 
+class Adapter(Open):
+    """``[task.adapter]``: what is trained in place of the model, which stays as it began."""
+
+    kind: str
+    """Name of an adapter, or ``module:object``; further keys are its own."""
+
+
 class Task(Open):
     """``[task]``: what is learned."""
 
@@ -99,6 +106,12 @@ class Task(Open):
     """Name of a task, or ``module:object``; further keys are its own."""
     model: Part | str | None = None
     """A name, or a table of a name and the model's own keys; ``None``: the task's own choice."""
+    adapter: Adapter | str | None = None
+    """A kind, or a table of a kind and the adapter's own keys; ``None``: the model is trained
+    itself. Only the adapter's tensors travel."""
+    init_from: str | Annotated[tuple[str, ...], pydantic.Strict(False)] | None = None
+    """Where the model begins: a run of the store, a run's folder or a ``.safetensors`` file; or
+    several, such as a base model's and an adapter's. ``None``: as the seed initialises it."""
 
 
 class Schedule(Settings):
@@ -324,3 +337,16 @@ def _override(table: dict[str, Any], override: str) -> None:
             raise InputError(f"'{k}' is not a table", where=f"--set {override}", fix="drop a level")
         place = below
     place[keys[-1]] = value
+        adapter = self.task.adapter
+        names += [adapter.kind if isinstance(adapter, Adapter) else adapter or ""]
+    def files(self) -> list[str]:
+        """What is read from this machine besides the data: a model, a tokenizer, earlier runs."""
+        model, given = self.task.model, self.task.init_from or ()
+        paths = [given] if isinstance(given, str) else list(given)
+        paths += [model.parameters().get("path", "")] if isinstance(model, Part) else []
+        paths += [self.data.parameters().get("tokenizer", "")]
+        return [str(path) for path in paths if path not in ("", None, *TOKENIZERS)]
+
+TOKENIZERS = ("bytes", "characters")
+"""Those that need no file."""
+

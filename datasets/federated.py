@@ -33,6 +33,8 @@ class Info:
         classes: number of classes, labels 0 … classes-1; ``None`` for real-valued targets.
         targets: for real-valued targets, how many a row has.
         vocabulary: number of symbols where ``x`` holds integers, else ``None``.
+        padding: the symbol that fills up short records, at their end; ``None``: all are full.
+        mask: the symbol that stands for a hidden one, where the tokenizer has it.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Info:
     classes: int | None = None
     targets: int = 1
     vocabulary: int | None = None
+    padding: int | None = None
+    mask: int | None = None
 
 
 @dataclass(frozen=True)

@@ -79,18 +79,20 @@ def evaluation(
     """
     per_client = run.evaluate.per_client
     if per_client is None:
-        per_client = len(federation.clients()) <= MANY
+        per_client = len(federation.clients()) <= MANY and not run.secure_aggregation.enabled
     clients = at_clients(run, federation, per_client)
     server = at_server(task, module, test, device) if test is not None else None
+
+    def shown(means: Mapping[str, float]) -> Mapping[str, float]:
+        return _choose({**means, **task.derived(means)}, run.evaluate.metrics)
 
     def scores(round_number: int, model: Model) -> Scores:
         own = clients(round_number, model) if per_client or server is None else Scores({}, {})
         if server is not None:
             own = own._replace(metrics=server(round_number, model).metrics)
-        chosen = run.evaluate.metrics
         return own._replace(
-            metrics=_choose(own.metrics, chosen),
-            per_client={c: _choose(m, chosen) for c, m in own.per_client.items()},
+            metrics=shown(own.metrics),
+            per_client={c: shown(m) for c, m in own.per_client.items()},
         )
 
     return scores

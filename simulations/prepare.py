@@ -12,6 +12,7 @@ from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, flatten, map_tree
 from umbel.datasets.build import load
 from umbel.datasets.federated import FederatedData, rows, take
+from umbel.server import secure
 from umbel.server.gate import weight_cap
 from umbel.server.sampling import cohort_size
 from umbel.strategies.build import build_strategy
@@ -45,6 +46,7 @@ def prepare(run: RunFile) -> Prepared:
     strategy = build_strategy(run.strategy)
     data = load(run.data, run.run.seed)
     cohort_size(run.strategy, len(data.names), strategy.combine.fewest)
+    secure.check(run, strategy.combine, len(data.names))
     task = build_task(run.task, data.info)
     module = initial_module(task, run.run.seed)
     metrics = _try(task, module, data)
@@ -136,7 +138,7 @@ def _try(task: Task, module: nn.Module, data: FederatedData) -> tuple[str, ...]:
                 where="[task]",
                 fix="give one number an example",
             )
-    return ("loss", *metrics)
+    return ("loss", *metrics, *task.derived(dict.fromkeys(("loss", *metrics), 0.0)))
 
 
 def _check_evaluation(run: RunFile, data: FederatedData, metrics: tuple[str, ...]) -> None:

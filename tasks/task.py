@@ -14,6 +14,11 @@ Forward: TypeAlias = Callable[..., Tensor]
 """The model as a function of its inputs, whatever holds its parameters."""
 
 
+def nothing(means: Mapping[str, float]) -> Mapping[str, float]:
+    """No derived figures."""
+    return {}
+
+
 class Task(NamedTuple):
     """What is learned. All functions are pure, so that they run under ``torch.func`` as well.
 
@@ -23,9 +28,13 @@ class Task(NamedTuple):
             where ``decomposable``.
         metrics: (model, batch) -> name -> (B,), figures that are averaged over examples.
         decomposable: whether the loss of a batch is a mean over examples. DP-SGD needs that.
+        unit: what one example is, such as a window of text: what example-level privacy hides.
+        derived: figures of means, such as the perplexity, which no mean over examples is.
     """
 
     build: Callable[[], nn.Module]
     losses: Callable[[Forward, Batch], Tensor]
     metrics: Callable[[Forward, Batch], Mapping[str, Tensor]]
     decomposable: bool = True
+    unit: str = "example"
+    derived: Callable[[Mapping[str, float]], Mapping[str, float]] = nothing

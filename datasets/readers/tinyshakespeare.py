@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ def tinyshakespeare(
     stride: Count = 8,
     minimum: Count = 2000,
     train_share: Share = 0.8,
+    speakers: Literal["all", "even", "odd"] = "all",
 ) -> Dataset:
     """Shakespeare's plays, the next of 65 characters from the last 80; 99 speakers are clients.
 
@@ -39,6 +40,8 @@ def tinyshakespeare(
             needs half a gigabyte.
         minimum: speakers with fewer characters are left out.
         train_share: share of each speaker's text, from its beginning, that is for training.
+        speakers: every other one, in the order of their names: to pre-train on some, and go on with
+            others.
 
     Raises:
         InputError: the file is missing or cut short, or no speaker has ``minimum`` characters.
@@ -56,6 +59,9 @@ def tinyshakespeare(
         speeches.setdefault(name, []).append(speech.strip("\n") + "\n")
     said = {name: "".join(parts) for name, parts in sorted(speeches.items())}
     chosen = {name: words for name, words in said.items() if len(words) >= minimum}
+    if speakers != "all":
+        first = int(speakers == "odd")
+        chosen = {name: chosen[name] for name in list(chosen)[first::2]}
     if not chosen or int(min(map(len, chosen.values())) * train_share) <= window:
         longest = max(map(len, said.values()))
         raise InputError(

@@ -16,11 +16,20 @@ from umbel.datasets.federated import Info
 WHERE = "[task.model]"
 
 
-def builder(part: Part | str | None, info: Info, outputs: int) -> Callable[[], nn.Module]:
+def builder(
+    part: Part | str | None, info: Info, outputs: int, head: str = "class"
+) -> Callable[[], nn.Module]:
     """What builds the model that ``part`` names; ``None`` is logistic regression.
 
-    A user's own ``module:factory`` is called with ``info`` and ``outputs`` where it has parameters
-    of these names, and with the further keys of the table.
+    A factory is called with ``info``, ``outputs`` and ``head`` where it has parameters of these
+    names, and with the further keys of the table.
+
+    Args:
+        part: the model.
+        info: of the data.
+        outputs: numbers that it gives, for an example or for each of its symbols.
+        head: ``class``, an output for each example; ``causal`` or ``masked``, one for each symbol,
+            which sees the symbols before it or all.
 
     Raises:
         InputError: no such model, a parameter that is not its own, or no module built.
@@ -28,7 +37,7 @@ def builder(part: Part | str | None, info: Info, outputs: int) -> Callable[[], n
     part = part or "logistic"
     name, table = (part, {}) if isinstance(part, str) else (part.name, part.parameters())
     factory = registry.find("models", name, WHERE)
-    offered = {"info": info, "outputs": outputs}
+    offered = {"info": info, "outputs": outputs, "head": head}
     given = offered if ":" in name else None
     wanted = inspect.signature(factory).parameters
     kwargs = settings.arguments(factory, table, WHERE, f"model '{name}'", given)
@@ -65,7 +74,7 @@ def needs(info: Info, model: str, *, images: bool = False, symbols: bool = False
         raise InputError(
             f"model '{model}' takes {takes}, and data set '{info.name}' holds {has}",
             where=WHERE,
-            fix="choose 'char-lstm' for text, another model for numbers",
+            fix="choose 'gpt', 'char-lstm' or 'transformers' for text, another model for numbers",
         )
     if images and len(info.input_shape) != 3:
         raise InputError(

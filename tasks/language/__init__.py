@@ -1,0 +1,1 @@
+"""What tasks on text share: losses over symbols, and which symbols are hidden."""
