@@ -28,9 +28,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from umbel.core import locks
 from umbel.core.errors import InputError, RunError, UmbelError
 from umbel.core.versions import versions
-from umbel.server import checkpoints, entries, journal, locks
+from umbel.server import checkpoints, entries, journal
 from umbel.server.checkpoints import Checkpoint
 from umbel.server.database import Database, locate, translated
 from umbel.server.entries import Ended, RunEntry

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "grpc": "grpcio",
+    "google": "protobuf",
+}
 
 HEAVY = {"torch", "flwr", "ray", "sklearn", "matplotlib", "pandas", "transformers"}
 
