@@ -12,9 +12,9 @@ import numpy as np
 
 from umbel.core import run_file
 from umbel.core.errors import RunError
-from umbel.core.payloads import Failure, Federation, Folded, TrainPlan, Updates
+from umbel.core.payloads import Failure, Federation, Folded, States, TrainPlan, Updates
 from umbel.core.run_file import RunFile
-from umbel.core.trees import Model, add_cast
+from umbel.core.trees import Model, Tree, add_cast, flatten, unflatten
 from umbel.server.gate import Gate, weight_cap
 from umbel.server.records import RoundRecord, RoundResult, Scores
 from umbel.server.sampling import cohort_size, sample
@@ -37,12 +37,27 @@ class Start(NamedTuple):
 
 
 def rounds(
-    run: RunFile, strategy: Strategy, federation: Federation, start: Start, evaluate: Evaluate
+    run: RunFile,
+    strategy: Strategy,
+    federation: Federation,
+    start: Start,
+    evaluate: Evaluate,
+    run_id: str = "",
+    states: States | None = None,
 ) -> Iterator[RoundResult]:
     """Runs the rounds after ``start`` and yields each when it is done.
 
     The consumer commits a result before it asks for the next one, so that a run killed anywhere
     goes on from its last commit.
+
+    Args:
+        run: the run file.
+        strategy: what it names.
+        federation: where the clients live.
+        start: where to begin.
+        evaluate: (round, model) -> scores.
+        run_id: under which clients keep their own tensors.
+        states: where clients in process do.
 
     Raises:
         InputError: the cohort is larger than the federation.
@@ -58,14 +73,30 @@ def rounds(
     for number in range(start.round + 1, run.run.rounds + 1):
         began = time.perf_counter()
         asked = sample(clients, run.strategy, run.run.seed, number)
-        plan = TrainPlan(number, asked, model, wanted, run.strategy.deadline, fold)
-        gate = Gate(number, asked, model.tensors(), cap)
+        travelling = strategy.travelling(model)
+        plan = TrainPlan(
+            number,
+            asked,
+            travelling,
+            wanted,
+            run.strategy.deadline,
+            fold,
+            broadcast(strategy, travelling, state),
+            strategy.upload_template(travelling.params),
+            run_id,
+            states,
+        )
+        gate = Gate(number, asked, plan.expected(), cap)
         cohort = collect(federation.train(plan), gate, strategy.combine, plan, run.strategy.weights)
         note = ""
         if len(cohort.participants) < quorum:
-            note = f"quorum missed: {len(cohort.participants)} of {quorum}; the model stays"
+            why = {f.reason for f in cohort.failures}
+            all_say = f" ({why.pop()})" if len(why) == 1 else ""
+            note = (
+                f"quorum missed: {len(cohort.participants)} of {quorum}{all_say}; the model stays"
+            )
         else:
-            combined = strategy.combine.finish(cohort.sums)
+            combined = strategy.combine.finish(cohort.sums)._replace(population=len(clients))
             stepped, new_state = step(strategy, model, state, combined)
             if is_finite(stepped):
                 model, state = stepped, new_state
@@ -116,8 +147,12 @@ class Cohort:
 
     def merge(self, part: Cohort, combiner: Combiner) -> None:
         """Folds in what other clients came to."""
-        assert combiner.merge is not None
-        self.sums = combiner.merge(self.sums, part.sums)
+        if combiner.merge is not None:
+            self.sums = combiner.merge(self.sums, part.sums)
+        elif self.participants:
+            raise ValueError("a rule that needs the whole cohort was given it in parts")
+        else:  # secure aggregation in groups: one part, of the groups' sums
+            self.sums = part.sums
         self.participants.extend(part.participants)
         self.failures.extend(part.failures)
         self.capped.extend(part.capped)
@@ -154,7 +189,7 @@ class Fold:
 
     def __call__(self, plan: TrainPlan, stream: Iterator[Updates | Failure]) -> Cohort:
         """What the clients of ``plan`` came to."""
-        gate = Gate(plan.round, plan.clients, plan.model.tensors(), self.cap)
+        gate = Gate(plan.round, plan.clients, plan.expected(), self.cap)
         combiner = _combiner(self.section.model_dump_json())
         return collect(stream, gate, combiner, plan, self.section.weights)
 
@@ -177,7 +212,7 @@ def collect(
     were not needed (over-selection) are neither participants nor failures. Parts that the plan's
     ``fold`` made were gated there; they are merged in the order that they come in.
     """
-    cohort = Cohort(combiner.zero(plan.model.tensors()))
+    cohort = Cohort(combiner.zero(plan.expected()))
     merged = False
     try:
         for item in stream:
@@ -217,15 +252,31 @@ def uniform(updates: Updates) -> Updates:
     return Updates(updates.round, updates.clients, updates.delta, ones, updates.metrics)
 
 
+def broadcast(strategy: Strategy, model: Model, state: ServerState) -> Tree:
+    """What clients are sent besides the model, ``letter/name`` -> (*shape)."""
+    if strategy.broadcast is None:
+        return {}
+    return flatten(strategy.broadcast(model.params, state))
+
+
 def step(
     strategy: Strategy, model: Model, state: ServerState, combined: Combined
 ) -> tuple[Model, ServerState]:
-    """The server step on the parameters; buffers move by their mean delta."""
+    """The server step on the parameters; buffers move by their mean delta.
+
+    What is private stays as it is, and what clients sent besides their deltas is ``extra``.
+    """
     delta = combined.delta
-    trained = combined._replace(delta={name: delta[name] for name in model.params})
-    params, state = strategy.server(model.params, state, trained)
-    buffers = {name: add_cast(b, delta[name]) for name, b in model.buffers.items()}
-    return Model(params, buffers), state
+    given = {name: p for name, p in model.params.items() if name in delta}
+    trained = combined._replace(
+        delta={name: delta[name] for name in given},
+        extra=unflatten({name: d for name, d in delta.items() if "/" in name}),
+    )
+    params, state = strategy.server(given, state, trained)
+    buffers = {
+        name: add_cast(b, delta[name]) if name in delta else b for name, b in model.buffers.items()
+    }
+    return Model({**model.params, **params}, buffers), state
 
 
 def is_finite(model: Model) -> bool:

@@ -2,26 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from umbel.core.trees import Tree, map_tree
 
+Trees: TypeAlias = Mapping[str, Tree]
+"""The paper's letter -> tree: what travels besides the model, or what a client keeps."""
+
+NONE: Trees = MappingProxyType({})
+
 
 class Local(NamedTuple):
     """What a part may read during a client's local training.
 
     Args:
-        params: the client's parameters before the step, name -> (*shape).
-        anchor: the global parameters that the round started from, same names and shapes.
+        params: what the client trains, before the step, name -> (*shape). The trees of
+            ``ClientRule.joint`` are in it under ``letter/name``.
+        anchor: the parameters that the round started from, name -> (*shape): the global ones, and
+            of private tensors the client's own.
+        shared: what the strategy broadcasts besides the model.
+        own: what the client keeps from round to round, as the round found it.
+        step: steps that were taken before this one.
+        steps: that the client takes in the round; a scalar tensor where clients are trained
+            together.
     """
 
     params: Tree
     anchor: Tree
+    shared: Trees = NONE
+    own: Trees = NONE
+    step: int = 0
+    steps: int | Tensor = 0
+
+
+class Ended(NamedTuple):
+    """What a client has after its local training.
+
+    Args:
+        params: trained, name -> (*shape); of the model alone.
+        anchor: as in :class:`Local`.
+        shared: what the strategy broadcasts besides the model.
+        own: what the client keeps; the trees of ``ClientRule.joint`` as they were trained.
+        steps: how many it took, a scalar.
+        lr: the learning rate of the round.
+        examples: how many it holds, a scalar.
+        loss: the mean loss of the global model over them, a scalar; 0 unless the rule asks.
+    """
+
+    params: Tree
+    anchor: Tree
+    shared: Trees
+    own: Trees
+    steps: Tensor
+    lr: float
+    examples: Tensor
+    loss: Tensor
+
+
+class Delivered(NamedTuple):
+    """What a client sends and keeps.
+
+    Args:
+        uploads: travels besides the delta, of the names, shapes and dtypes that the strategy's
+            ``uploads`` gives.
+        own: what it keeps in place of what it had; letters left out stay as they are.
+        delta: in place of trained minus anchor; ``None``: just that.
+    """
+
+    uploads: Trees = NONE
+    own: Trees = NONE
+    delta: Tree | None = None
+
+
+class Forward(Protocol):
+    """The task's model as functions of parameters, for objectives that need more than one pass."""
+
+    def losses(self, params: Tree, batch: Tree) -> Tensor:
+        """One loss an example, (B,)."""
+
+    def outputs(self, params: Tree, batch: Tree) -> Tensor:
+        """What the model gives for the batch, (B, …)."""
+
+    def features(self, params: Tree, batch: Tree) -> Tensor:
+        """What the model's last layer with parameters is given, (B, …)."""
 
 
 LossTerm: TypeAlias = Callable[[Local], Tensor]
@@ -30,16 +99,64 @@ LossTerm: TypeAlias = Callable[[Local], Tensor]
 GradTransform: TypeAlias = Callable[[Tree, Local], Tree]
 """Applied to the gradient of a batch: (gradient, ``Local``) -> gradient."""
 
+Objective: TypeAlias = Callable[[Forward, Local, Tree, Tensor | None], Tensor]
+"""(forward, ``Local``, batch, mask) -> scalar, differentiable in ``params``. The mask (B,) says
+which examples are the client's; ``None``: all."""
+
 
 class ClientRule(NamedTuple):
-    """A composition of small parts, each pure over the trees of ONE client.
+    """A composition of small parts, each pure over the trees of ONE client; all are optional.
 
     Engines run the same parts in a plain loop and under ``torch.func.vmap``: no part may branch on
     the value of a tensor, change one in place or draw from a global generator.
+
+    Args:
+        loss_terms: added to the mean loss of a batch.
+        grad_transforms: applied to its gradient, in this order.
+        state: parameters -> what a client keeps before its first round.
+        begin: (anchor, shared, own) -> parameters that training starts from; ``None``: the anchor.
+        end: what is sent and kept after training.
+        private: the names of the model's tensors, in its order -> those that never travel. Training
+            starts from the client's own; they are kept from round to round.
+        personal: (parameters, own) -> those of the client's own model, which is evaluated at the
+            client beside the global one; the private tensors are in place already. ``None``: the
+            model with its private tensors, where there are any.
+        objective: in place of the mean loss and ``loss_terms``.
+        joint: letters of ``state`` that are trained along with the model, by the same optimizer;
+            for objectives that involve them.
+        after: (parameters after a step, gradient as it was computed, ``Local``) -> parameters, of
+            the same names.
+        initial_loss: whether ``end`` is told the loss of the global model.
+        plain_sgd: whether the mathematics assumes SGD without momentum.
     """
 
     loss_terms: tuple[LossTerm, ...] = ()
     grad_transforms: tuple[GradTransform, ...] = ()
+    state: Callable[[Tree], Trees] | None = None
+    begin: Callable[[Tree, Trees, Trees], Tree] | None = None
+    end: Callable[[Ended], Delivered] | None = None
+    private: Callable[[Sequence[str]], Collection[str]] | None = None
+    personal: Callable[[Tree, Trees], Tree] | None = None
+    objective: Objective | None = None
+    joint: tuple[str, ...] = ()
+    after: Callable[[Tree, Tree, Local], Tree] | None = None
+    initial_loss: bool = False
+    plain_sgd: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether all clients start from the global model and nothing but the delta is left."""
+        return self.state is self.begin is self.end is self.private is None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a client keeps anything from round to round."""
+        return self.state is not None or self.private is not None
+
+    @property
+    def personalises(self) -> bool:
+        """Whether a client has a model of its own."""
+        return self.personal is not None or self.private is not None
 
     def loss(self, mean_loss: Tensor, local: Local) -> Tensor:
         """The objective of one batch, a scalar."""
@@ -52,6 +169,24 @@ class ClientRule(NamedTuple):
         for transform in self.grad_transforms:
             gradient = transform(gradient, local)
         return gradient
+
+
+def mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of a batch's figures (B,) over the examples that are the client's."""
+    if mask is None:
+        return values.mean()
+    return torch.where(mask, values, 0).sum() / mask.sum()
+
+
+def joined(params: Tree, letter: str) -> dict[str, Tensor]:
+    """The tree of ``ClientRule.joint`` with this letter, out of ``Local.params``."""
+    start = f"{letter}/"
+    return {n.removeprefix(start): p for n, p in params.items() if n.startswith(start)}
+
+
+def model_part(params: Tree) -> dict[str, Tensor]:
+    """The model's own parameters, out of ``Local.params``."""
+    return {n: p for n, p in params.items() if "/" not in n}
 
 
 @dataclass(frozen=True)
