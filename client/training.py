@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from umbel.client import batches, devices, optimizers
+from umbel.client.local_privacy import release
+from umbel.client.private import PrivateSteps
 from umbel.core import randomness
 from umbel.core.errors import InputError
 from umbel.core.payloads import Updates
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, Tree, map_tree
 from umbel.datasets.federated import Arrays, rows
+from umbel.privacy.sources import Sources, system_sources
 from umbel.strategies.parts import ClientRule, Local
 from umbel.strategies.parts.rule import clip_gradient
 from umbel.tasks.build import initial_module, model_of
@@ -29,11 +32,20 @@ class ClientRuntime:
     Clients share nothing: each trains a fresh copy of the task's module. Parameters that do not
     require gradients stay as the run's seed initialised them.
 
+    Args:
+        run: the run file.
+        task: what is learned.
+        rule: what clients do besides.
+        sources: of the randomness that protects people; ``None``: the operating system.
+
     Raises:
-        InputError: the device or precision is not here, or the model has nothing to train.
+        InputError: the device or precision is not here, the model has nothing to train, or it
+            cannot be trained privately where ``[privacy]`` asks for that.
     """
 
-    def __init__(self, run: RunFile, task: Task, rule: ClientRule) -> None:
+    def __init__(
+        self, run: RunFile, task: Task, rule: ClientRule, sources: Sources | None = None
+    ) -> None:
         self.run = run
         self.task = task
         self.rule = with_clipping(rule, run.client.max_grad_norm)
@@ -45,6 +57,10 @@ class ClientRuntime:
                 where="[task]",
                 fix="unfreeze what shall be trained",
             )
+        self.sources = sources or system_sources()
+        self.private: PrivateSteps | None = None
+        if run.privacy.unit == "example":
+            self.private = PrivateSteps(run, task, self.rule, self.module(), self.sources)
 
     def module(self, model: Model | None = None) -> nn.Module:
         """A fresh module in training mode that holds ``model``, or the run's initial model.
@@ -72,6 +88,8 @@ class ClientRuntime:
         Raises:
             InputError: ``model`` does not fit the task; the losses have the wrong shape.
         """
+        if self.private is not None:
+            return self._train_privately(self.private, round_number, client, examples, model)
         section, seed, n = self.run.client, self.run.run.seed, rows(examples)
         module = self.module(model)
         params = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -98,13 +116,49 @@ class ClientRuntime:
                     totals,
                 )
         seen = sum(map(len, schedule))
-        return Updates(
-            round_number,
-            [client],
-            {name: d[None] for name, d in _difference(model_of(module), model).items()},
-            torch.tensor([n], dtype=torch.float64),
-            {name: (total / seen).cpu().double()[None] for name, total in totals.items()},
+        return self.released(
+            Updates(
+                round_number,
+                [client],
+                {name: d[None] for name, d in _difference(model_of(module), model).items()},
+                torch.tensor([n], dtype=torch.float64),
+                {name: (total / seen).cpu().double()[None] for name, total in totals.items()},
+            ),
+            model,
         )
+
+    def released(self, updates: Updates, model: Model) -> Updates:
+        """What of ``updates`` leaves the clients: all, but under local privacy."""
+        section = self.run.privacy
+        if section.unit != "client" or section.place != "client":
+            return updates
+        return release(updates, section, set(model.buffers), self.sources)
+
+    def _train_privately(
+        self,
+        private: PrivateSteps,
+        round_number: int,
+        client: str,
+        examples: Arrays,
+        model: Model,
+    ) -> Updates:
+        """As :meth:`train`, by DP-SGD; no metrics, which would be a release of their own."""
+        load(private.module, model)
+        anchor = {
+            name: p.detach().clone()
+            for name, p in private.module.named_parameters()
+            if p.requires_grad
+        }
+        lr = optimizers.learning_rate(self.run.client, round_number, self.run.run.rounds)
+        columns = {name: tensor_of(c).to(self.device) for name, c in examples.items()}
+        seed = randomness.torch_seed(self.run.run.seed, "dropout", round_number, client)
+        with devices.seeded(self.device, seed):
+            private.train(round_number, client, columns, anchor, lr)
+        delta = _difference(model_of(private.module), model)
+        # What a buffer learnt of the data was never privatised: it stays at home.
+        delta |= {name: torch.zeros_like(delta[name]) for name in model.buffers}
+        weights = torch.tensor([rows(examples)], dtype=torch.float64)
+        return Updates(round_number, [client], {n: d[None] for n, d in delta.items()}, weights)
 
     def evaluate(self, examples: Arrays, model: Model) -> tuple[int, dict[str, float]]:
         """How many examples, and the means of loss and metrics over them, in float32.

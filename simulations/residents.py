@@ -13,6 +13,7 @@ from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Updates
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
 from umbel.datasets.federated import FederatedData, Numbered
+from umbel.privacy.sources import seeded_sources
 from umbel.strategies.parts import ClientRule
 from umbel.tasks.evaluate import evaluate
 from umbel.tasks.task import Task
@@ -27,7 +28,8 @@ class Residents:
 
     def __init__(self, run: RunFile, data: FederatedData, task: Task, rule: ClientRule) -> None:
         self.data = data
-        self.runtime = ClientRuntime(run, task, rule)
+        # Seeded, so that a simulation repeats: it protects nobody, and its record says so.
+        self.runtime = ClientRuntime(run, task, rule, seeded_sources(run.run.seed))
         # Numbered names know their places; a million of them need no table.
         listed = () if isinstance(data.names, Numbered) else data.names
         self._places = {name: place for place, name in enumerate(listed)}

@@ -1,0 +1,55 @@
+"""Local privacy: a client clips its own delta and adds the noise before anybody sees it."""
+
+from __future__ import annotations
+
+import torch
+
+from umbel.core.errors import InputError
+from umbel.core.payloads import Updates
+from umbel.core.run_file import Privacy
+from umbel.privacy.clipping import Clip, FlatClip, even_layers
+from umbel.privacy.sources import Sources
+
+
+def clip_of(section: Privacy, names: list[str], clip_norm: float | None = None) -> Clip:
+    """What bounds a client's delta; a delta that is not finite counts as zero.
+
+    Args:
+        section: ``[privacy]``.
+        names: of the parameters.
+        clip_norm: of this round; ``None``: the section's.
+    """
+    bound = section.clip_norm if clip_norm is None else clip_norm
+    if section.clipping == "per-layer":
+        return even_layers(bound, names, "zero")
+    return FlatClip(bound, "zero")
+
+
+def release(updates: Updates, section: Privacy, buffers: set[str], sources: Sources) -> Updates:
+    """What may leave the clients of ``updates``: noised deltas, equal weights, no metrics.
+
+    Buffers are not released: their deltas are zero.
+
+    Raises:
+        InputError: a parameter is not floating point, or the noise is not known.
+
+    Source: the Gaussian mechanism at each client; Duchi et al. 2013 for the local model
+    (doi:10.1109/FOCS.2013.53).
+    """
+    if section.noise_multiplier is None:
+        raise InputError(
+            "the noise multiplier of this run was not calibrated",
+            where="[privacy]",
+            fix="whoever conducts a run sets noise_multiplier before it starts",
+        )
+    params = {name: t for name, t in updates.delta.items() if name not in buffers}
+    clipped = clip_of(section, list(params))(params, stacked=True).tree
+    std = section.noise_multiplier * section.clip_norm
+    rows = [
+        sources(updates.round, client).add_gaussian({n: t[row] for n, t in clipped.items()}, std)
+        for row, client in enumerate(updates.clients)
+    ]
+    delta = {name: torch.stack([row[name] for row in rows]) for name in params}
+    zeros = {name: torch.zeros_like(updates.delta[name]) for name in buffers}
+    ones = torch.ones_like(updates.weights)
+    return Updates(updates.round, updates.clients, {**delta, **zeros}, ones, {})

@@ -1,0 +1,124 @@
+"""What one layer's input and the gradient of its output say of the gradient of each example.
+
+A layer's per-example gradients are either small enough to be written down, (B, *shape), or known by
+two factors whose product they are: then their norms come from the factors' Gram matrices, and their
+weighted sum from one product over the whole batch, so that they are never written down.
+
+Source: Goodfellow 2015 (arXiv:1510.01799) for products; Bu, Mao and Xu 2022 (arXiv:2205.10683) for
+the choice between the two; Lee and Kifer 2021 (arXiv:2009.03106) for convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Known(NamedTuple):
+    """One parameter's per-example gradients, without saying how they are held.
+
+    Args:
+        squares: (B,), squared L2 norms.
+        weighted: factors (B,) -> (*shape), the sum of the gradients times their factors.
+    """
+
+    squares: Tensor
+    weighted: Callable[[Tensor], Tensor]
+
+
+def written(gradients: Tensor) -> Known:
+    """From the gradients themselves, (B, *shape)."""
+    flat = gradients.flatten(1)
+    squares = torch.linalg.vector_norm(flat, dim=1).square()
+    return Known(squares, lambda factors: (factors @ flat).view(gradients.shape[1:]))
+
+
+def _products(left: Tensor, right: Tensor) -> Known:
+    """From factors (B, T, p) and (B, T, q): example b's gradient is left[b].T @ right[b]."""
+    terms, rows, columns = left.shape[1], left.shape[2], right.shape[2]
+
+    def weighted(factors: Tensor) -> Tensor:
+        return (left * factors[:, None, None]).flatten(0, 1).t() @ right.flatten(0, 1)
+
+    if terms == 1:
+        squares = left.square().sum((1, 2)) * right.square().sum((1, 2))
+        return Known(squares, weighted)
+    if 2 * terms * terms > rows * columns:
+        return written(torch.bmm(left.transpose(1, 2), right))
+    gram = torch.bmm(left, left.transpose(1, 2)) * torch.bmm(right, right.transpose(1, 2))
+    # A sum of products may come out a hair below 0 where the gradient is 0.
+    return Known(gram.sum((1, 2)).clamp(min=0), weighted)
+
+
+def _linear(layer: nn.Linear, x: Tensor, g: Tensor) -> dict[str, Known]:
+    x, g = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, g))
+    found = {"weight": _products(g, x)}
+    if layer.bias is not None:
+        found["bias"] = written(g.sum(1))
+    return found
+
+
+def _conv2d(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Known]:
+    size, out = len(x), layer.out_channels
+    padding: Any = layer.padding  # numbers: BookKeeping takes no other
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    pixels = g.flatten(2)
+    if layer.groups == 1:
+        flat = _products(pixels.transpose(1, 2), patches.transpose(1, 2))
+        shape = layer.weight.shape
+        weight = Known(flat.squares, lambda factors: flat.weighted(factors).view(shape))
+    else:
+        apart = pixels.view(size, layer.groups, out // layer.groups, -1)
+        own = patches.view(size, layer.groups, -1, patches.shape[-1])
+        weight = written((apart @ own.transpose(2, 3)).view(size, *layer.weight.shape))
+    found = {"weight": weight}
+    if layer.bias is not None:
+        found["bias"] = written(pixels.sum(2))
+    return found
+
+
+def _group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor) -> dict[str, Known]:
+    scaled = F.group_norm(x, layer.num_groups, None, None, layer.eps) * g
+    return {"weight": written(_over_pixels(scaled)), "bias": written(_over_pixels(g))}
+
+
+def _over_pixels(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.flatten(2).sum(2)
+
+
+def _layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor) -> dict[str, Known]:
+    scaled = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps) * g
+    between = list(range(1, x.dim() - len(layer.normalized_shape)))
+    found = {"weight": written(scaled.sum(between) if between else scaled)}
+    if layer.bias is not None:
+        found["bias"] = written(g.sum(between) if between else g)
+    return found
+
+
+def _embedding(layer: nn.Embedding, x: Tensor, g: Tensor) -> dict[str, Known]:
+    tokens, g = x.reshape(len(x), -1), g.reshape(len(x), -1, g.shape[-1])
+    if layer.padding_idx is not None:
+        g = g * (tokens != layer.padding_idx)[..., None]
+    same = tokens[:, :, None] == tokens[:, None, :]
+    squares = (torch.bmm(g, g.transpose(1, 2)) * same).sum((1, 2)).clamp(min=0)
+
+    def weighted(factors: Tensor) -> Tensor:
+        rows = (g * factors[:, None, None]).flatten(0, 1)
+        table = torch.zeros_like(layer.weight, dtype=g.dtype)
+        return table.index_add_(0, tokens.flatten(), rows)
+
+    return {"weight": Known(squares, weighted)}
+
+
+RULES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], dict[str, Known]]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.Embedding: _embedding,
+}
+"""(layer, its input (B, …), gradient of the loss by its output) -> parameter -> gradients."""
