@@ -24,7 +24,7 @@ import numpy.typing as npt
 from dp_accounting import pld, rdp
 
 from umbel.core.errors import InputError
-from umbel.privacy.mechanisms import Mechanism
+from umbel.privacy.mechanisms import Mechanism, SkellamSum
 
 F64: TypeAlias = npt.NDArray[np.float64]
 History: TypeAlias = Mapping[Mechanism, int]
@@ -91,6 +91,10 @@ def rdp_vector(mechanism: Mechanism, orders: tuple[float, ...] = ORDERS) -> F64:
 
     Source: Mironov, Talwar and Zhang 2019, section 3 (arXiv:1908.10530), in ``dp_accounting``.
     """
+    if isinstance(mechanism, SkellamSum):
+        bound = np.array([mechanism.divergence(alpha) for alpha in orders]) + _SLACK
+        bound.setflags(write=False)
+        return bound
     accountant = rdp.RdpAccountant(orders)
     try:
         with _quiet():
@@ -146,7 +150,7 @@ def rdp_epsilon(history: History, delta: float, orders: tuple[float, ...] = ORDE
 def pld_epsilon(history: History, delta: float) -> float:
     """Epsilon by privacy loss distributions; ``inf`` where they prove nothing.
 
-    That is so for concentrated mechanisms, of which no distribution is known, and for a delta
+    That is so for concentrated and Skellam mechanisms, of which no distribution is known, and for a delta
     below what float64 Fourier transforms resolve.
 
     Source: Doroshenko et al. 2022, connect-the-dots (arXiv:2207.04380), in ``dp_accounting``.

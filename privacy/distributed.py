@@ -1,11 +1,12 @@
-"""The distributed discrete Gaussian: noise that each client adds to integers, under secure sums.
+"""Distributed noise: what each client adds to integers, so that secure sums are private.
 
 A client clips, rotates (randomised Hadamard), scales to integers by conditional stochastic
-rounding, adds its share of discrete Gaussian noise, and reduces modulo 2^bits. The server sees the
+rounding, adds its share of discrete noise, and reduces modulo 2^bits. The server sees the
 modular sum alone, and undoes scale and rotation.
 
 Source: Kairouz, Liu and Steinke 2021, "The Distributed Discrete Gaussian Mechanism for Federated
-Learning with Secure Aggregation", Algorithms 1 and 2, Theorem 1 (arXiv:2102.06387).
+Learning with Secure Aggregation", Algorithms 1 and 2, Theorem 1 (arXiv:2102.06387); with Skellam
+noise, whose sums are Skellam again: Agarwal, Kairouz and Liu 2021, Algorithm 1 (arXiv:2110.04995).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,13 @@ import numpy.typing as npt
 from umbel.core.errors import InputError
 from umbel.privacy.clipping import check_clip_norm
 from umbel.privacy.discrete import discrete_gaussian
-from umbel.privacy.mechanisms import Concentrated
+from umbel.privacy.mechanisms import Concentrated, SkellamSum
+from umbel.privacy.skellam import skellam
 from umbel.privacy.streams import Stream
 
 F64: TypeAlias = npt.NDArray[np.float64]
 I64: TypeAlias = npt.NDArray[np.int64]
+Noise: TypeAlias = Literal["discrete-gaussian", "skellam"]
 
 # beta of the conditional rounding: a rounding longer than the bound is drawn again, which happens
 # with a probability of at most exp(-1/2) (section 4.1).
@@ -44,6 +47,7 @@ class Grid:
         noise_variance: of each client's share, in squared integer steps.
         survivors: the fewest clients whose shares reach the sum.
         bits: of the modulus.
+        noise: whose shares clients add.
     """
 
     length: int
@@ -53,6 +57,7 @@ class Grid:
     noise_variance: Fraction
     survivors: int
     bits: int
+    noise: Noise = "discrete-gaussian"
 
     @property
     def modulus(self) -> int:
@@ -66,14 +71,19 @@ class Grid:
         likely = c * c + d / 4 + math.sqrt(2 * _LOG_ONE_OVER_BETA) * (c + math.sqrt(d) / 2)
         return math.sqrt(min(likely, (c + math.sqrt(d)) ** 2))
 
-    def mechanism(self) -> Concentrated:
+    def mechanism(self) -> Concentrated | SkellamSum:
         """What one sum releases if ``survivors`` or more shares of noise are in it.
 
-        Sums of discrete Gaussians are almost discrete Gaussian; tau bounds by how much not.
-        Under add-or-remove-one and zero-out; replace-one has four times this rho.
+        Sums of discrete Gaussians are almost discrete Gaussian; tau bounds by how much not. Sums
+        of Skellams are Skellam. Under add-or-remove-one and zero-out; replace-one has twice the
+        sensitivity, that is four times this rho.
         """
         n, d = self.survivors, self.padded
         variance = float(self.noise_variance)
+        if self.noise == "skellam":
+            l2 = self.rounded_norm
+            # Integers are at most as large as their squares.
+            return SkellamSum(n * variance, l2, max(l2, min(math.sqrt(d) * l2, l2 * l2)))
         if not variance:
             return Concentrated(math.inf, "discrete Gaussian sum")
         tau = 10 * math.fsum(
@@ -93,6 +103,7 @@ def plan(
     clients: int,
     survivors: int | None = None,
     headroom: float = 4.0,
+    noise: Noise = "discrete-gaussian",
 ) -> Grid:
     """The finest grid on which the sum of all clients does not wrap around, and its noise.
 
@@ -104,6 +115,8 @@ def plan(
         clients: the most that may be summed.
         survivors: the fewest allowed; more leave more noise than is needed. ``None``: all.
         headroom: k: a coordinate of the sum may be this many standard deviations from 0.
+        noise: whose shares clients add. Skellam asks for a variance of at most 2^30 integer
+            steps, that is not too many bits.
 
     Raises:
         InputError: a number is out of bounds, or the bits are too few for so many clients.
@@ -139,7 +152,7 @@ def plan(
     step = 2 * headroom * math.sqrt(fixed / room)
     # Rounded up: never less noise than asked for.
     variance = Fraction(math.nextafter(share / step**2, math.inf)) if share else Fraction(0)
-    return Grid(length, padded, clip_norm, step, variance, fewest, bits)
+    return Grid(length, padded, clip_norm, step, variance, fewest, bits, noise)
 
 
 def signs(grid: Grid, public: Stream) -> F64:
@@ -176,7 +189,8 @@ def encode(vector: F64, grid: Grid, diagonal: F64, private: Stream) -> I64:
     padded = np.zeros(grid.padded)
     padded[: grid.length] = vector * min(1.0, grid.clip_norm / norm) if norm else vector
     scaled = hadamard(padded * diagonal) / grid.step
-    noise = discrete_gaussian(private, grid.noise_variance, grid.padded)
+    draw = skellam if grid.noise == "skellam" else discrete_gaussian
+    noise = draw(private, grid.noise_variance, grid.padded)
     return (_round(scaled, grid.rounded_norm, private) + noise) % grid.modulus
 
 

@@ -164,7 +164,55 @@ class Concentrated:
         return {"kind": "concentrated", "rho": rho, "name": self.name}
 
 
-Mechanism: TypeAlias = Gaussian | Concentrated
+@dataclass(frozen=True)
+class SkellamSum:
+    """One release of a sum of integer vectors plus symmetric Skellam noise in every coordinate.
+
+    Known by its Renyi divergences alone, at integer orders: RDP accounts for it, PLD does not.
+
+    Args:
+        variance: mu, of the noise in a coordinate of the sum; 0 is no privacy at all.
+        l2: how far one unit can move the sum in L2, under the ledger's neighbouring relation.
+        l1: the same in L1.
+
+    Source: Agarwal, Kairouz and Liu 2021, Corollary 3.6 (arXiv:2110.04995).
+    """
+
+    variance: float
+    l2: float
+    l1: float
+
+    def __post_init__(self) -> None:
+        if not (self.variance >= 0 and self.l2 >= 0 and self.l1 >= self.l2):
+            raise InputError(
+                f"variance {self.variance}, L2 {self.l2}, L1 {self.l1}",
+                where="Skellam mechanism",
+                fix="give numbers of at least 0; an L1 norm is never below the L2 norm",
+            )
+
+    def divergence(self, order: float) -> float:
+        """The Renyi divergence of ``order`` > 1, at most: it grows with the order, so that one
+        between two integers is bounded by that of the upper one."""
+        if not self.l2:
+            return 0.0
+        if not self.variance:
+            return math.inf
+        alpha, mu = math.ceil(order), self.variance
+        excess = ((2 * alpha - 1) * self.l2**2 + 6 * self.l1) / (4 * mu**2)
+        return alpha * self.l2**2 / (2 * mu) + min(excess, 3 * self.l1 / (2 * mu))
+
+    def event(self) -> dp_accounting.DpEvent:
+        """Of this no accountant of ``dp_accounting`` knows; see :meth:`divergence`."""
+        if not self.variance and self.l2:
+            return dp_accounting.NonPrivateDpEvent()
+        return dp_accounting.UnsupportedDpEvent()
+
+    def table(self) -> dict[str, Any]:
+        """Plain values, from which :func:`parse` makes the same mechanism."""
+        return {"kind": "skellam", "variance": self.variance, "l2": self.l2, "l1": self.l1}
+
+
+Mechanism: TypeAlias = Gaussian | Concentrated | SkellamSum
 
 
 def factor(relation: Relation) -> float:
@@ -193,6 +241,8 @@ def parse(text: str) -> Mechanism:
         if table["kind"] == "concentrated":
             rho = table["rho"]
             return Concentrated(math.inf if rho is None else rho, table["name"])
+        if table["kind"] == "skellam":
+            return SkellamSum(table["variance"], table["l2"], table["l1"])
     except (ValueError, KeyError, TypeError):
         pass
     raise InputError(
