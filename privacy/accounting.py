@@ -150,8 +150,8 @@ def rdp_epsilon(history: History, delta: float, orders: tuple[float, ...] = ORDE
 def pld_epsilon(history: History, delta: float) -> float:
     """Epsilon by privacy loss distributions; ``inf`` where they prove nothing.
 
-    That is so for concentrated and Skellam mechanisms, of which no distribution is known, and for a delta
-    below what float64 Fourier transforms resolve.
+    That is so for concentrated and Skellam mechanisms, of which no distribution is known, and for
+    a delta below what float64 Fourier transforms resolve.
 
     Source: Doroshenko et al. 2022, connect-the-dots (arXiv:2207.04380), in ``dp_accounting``.
     """
