@@ -132,7 +132,7 @@ def check_run(policy: Policy, run: RunFile) -> None:
         ("models", name, allow.models),
     ):
         _listed(rule, found, allowed)
-    for part in run.own_parts():
+    for part in [*run.own_parts(), *run.files()]:
         if part not in allow.own_parts:
             raise PolicyError(
                 "own_parts",

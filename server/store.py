@@ -58,7 +58,9 @@ class RunStore:
         self._locks: dict[str, IO[bytes]] = {}
         self._held: dict[str, tuple[builtins.list[RoundRecord], RoundResult]] = {}
 
-    def create(self, run: RunFile, *, engine: str, text: str | None = None) -> str:
+    def create(
+        self, run: RunFile, *, engine: str, text: str | None = None, base_model: str | None = None
+    ) -> str:
         """Enters a new run, which this process now runs, and returns its id.
 
         The row comes last: a kill before it leaves a folder that no list shows.
@@ -67,11 +69,14 @@ class RunStore:
             run: the resolved run file.
             engine: where its clients live.
             text: the run file as the user wrote it.
+            base_model: hash of the parameters that are not trained, where there are any.
         Raises:
             UmbelError: the store cannot be written, or the disk is full.
         """
         now = datetime.now(UTC)
         configuration, made_with = run.model_dump(mode="json"), versions()
+        if base_model is not None:
+            made_with["base_model"] = base_model
         with translated(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             while True:

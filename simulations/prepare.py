@@ -17,6 +17,7 @@ from umbel.server.gate import weight_cap
 from umbel.server.sampling import cohort_size
 from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import Strategy
+from umbel.tasks.begin import base_hash
 from umbel.tasks.build import build_task, initial_module, model_of
 from umbel.tasks.task import Task
 
@@ -84,6 +85,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         # Data, the global model, its float64 sum, the server's state, and one client in training
         # (parameters, gradient, two moments).
         "memory_bytes": data_bytes + 3 * model.bytes() + state_bytes + 4 * model.bytes(),
+        "base_model": base_hash(prepared.module),
         "metrics": list(prepared.metrics),
         "privacy": None,
         "notes": _notes(prepared, cohort),
@@ -103,6 +105,13 @@ def _notes(prepared: Prepared, cohort: int) -> list[str]:
             )
     if run.strategy.deadline is not None:
         notes.append("deadline binds remote clients only; a simulated client is never late")
+    total = sum(p.numel() for p in prepared.module.parameters())
+    trained = sum(p.numel() for p in prepared.model().params.values())
+    if trained < total:
+        notes.append(
+            f"{trained / total:.1%} of {total:,} parameters are trained and travel; the others are "
+            "the base model, the same at all clients"
+        )
     if prepared.model().buffers:
         notes.append("buffers (running statistics) are averaged, not stepped by the strategy")
     if data.test is None and data.client_test is None:
@@ -142,8 +151,9 @@ def _try(task: Task, module: nn.Module, data: FederatedData) -> tuple[str, ...]:
 
 
 def _check_evaluation(run: RunFile, data: FederatedData, metrics: tuple[str, ...]) -> None:
-    for name in run.evaluate.metrics or ():
-        if name not in metrics:
+    stopping = run.evaluate.early_stopping
+    for name in (*(run.evaluate.metrics or ()), *((stopping.metric,) if stopping else ())):
+        if name.removeprefix("personal_") not in metrics:
             raise InputError(
                 f"unknown metric '{name}'", where="[evaluate]", fix=f"known: {', '.join(metrics)}"
             )

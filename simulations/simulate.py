@@ -21,7 +21,9 @@ from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
 from umbel.server.store import RunStore
 from umbel.simulations.prepare import plan, prepare
+from umbel.simulations.located import located
 
+from umbel.tasks.begin import base_hash
 
 @dataclass(frozen=True)
 class Outcome:
@@ -97,15 +99,18 @@ def simulate(
     store = RunStore(run.run.store)
     if resume is not None:
         entry = store.get(resume)
+    run = located(run)
         resume = entry.run_id
+    base = base_hash(prepared.module)
         _same_run(run, entry.run, resume)
         run = _as_it_computed(run, entry)
     federation: Federation = make_engine(
         run, prepared.data, prepared.task, prepared.strategy.client, announce
     )
+        _same_base(base, entry)
     try:
         if resume is None:
-            run_id = store.create(run, engine=engine, text=text)
+            run_id = store.create(run, engine=engine, text=text, base_model=base)
         else:
             run_id = resume
             if note := store.reopen(run_id, run):
@@ -137,7 +142,7 @@ def check(run: RunFile) -> dict[str, Any]:
     Raises:
         InputError: as :func:`simulate`.
     """
-    return plan(prepare(run))
+    return plan(prepare(located(run)))
 
 
 def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
@@ -171,6 +176,16 @@ def _as_it_computed(run: RunFile, entry: RunEntry) -> RunFile:
         torch.set_num_threads(threads)
     plan = run.run.engine_plan or entry.engine_plan.get("plan")
     return run.model_copy(update={"run": run.run.model_copy(update={"engine_plan": plan})})
+def _same_base(base: str | None, entry: RunEntry) -> None:
+    """Refuses to go on with an adapter on another base model."""
+    if base != (was := entry.versions.get("base_model")):
+        raise InputError(
+            f"the base model has hash {base}, and the stored run began with {was}",
+            where=f"--resume {entry.run_id}",
+            fix="restore the files that [task] init_from and model.path name",
+        )
+
+
 
 
 def _same_versions(stored: Mapping[str, Any], announce: Callable[[str], None]) -> None:

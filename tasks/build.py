@@ -8,6 +8,7 @@ from torch import nn
 from umbel.core import randomness, registry, run_file, settings
 from umbel.core.trees import Model
 from umbel.datasets.federated import Info
+from umbel.tasks.begin import begun
 from umbel.tasks.task import Task
 
 
@@ -22,7 +23,7 @@ def build_task(section: run_file.Task, info: Info) -> Task:
     also = run_file.Task.model_fields
     table = settings.arguments(factory, section.parameters(), "[task]", owner, also=also)
     task: Task = factory(info, section.model, **table)
-    return task
+    return task._replace(build=begun(task.build, section))
 
 
 def initial_module(task: Task, seed: int) -> nn.Module:
@@ -39,5 +40,6 @@ def model_of(module: nn.Module) -> Model:
     """
     params = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     state = module.state_dict(keep_vars=False)
-    frozen = {n for n, p in module.named_parameters(remove_duplicate=False) if n not in params}
-    return Model(params, {n: t for n, t in state.items() if n not in params and n not in frozen})
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    # A quantised layer's state has more than its parameters and buffers.
+    return Model(params, {n: t for n, t in state.items() if n in buffers})

@@ -172,7 +172,7 @@ def _allow(run: RunFile, allowed: str) -> None:
     A name such as ``subprocess:run`` would otherwise be code that the server chooses.
     """
     with _stage("policy"):
-        for name in run.own_parts():
+        for name in [*run.own_parts(), *run.files()]:
             if name not in allowed.split():
                 raise InputError(
                     f"'{name}' is not a part of Umbel, and the site does not allow it",

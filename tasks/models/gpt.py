@@ -59,7 +59,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout, causal) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, outputs, bias=head == "class")
-        self._each = head != "class"
+        self.kind = head
         # At the end of a record, where padding stands, nothing that comes before sees it.
         self._padding = None if causal else padding
         self._checkpointing = checkpointing
@@ -83,9 +83,9 @@ class GPT(nn.Module):
             else:
                 x = block(x, mask)
         x = self.norm(x)
-        if not self._each and inside is None:
+        if self.kind == "class" and inside is None:
             x = x.mean(1)
-        elif not self._each:
+        elif inside is not None and self.kind == "class":
             share = inside.to(x.dtype)
             x = (x * share[:, :, None]).sum(1) / share.sum(1, keepdim=True).clamp(min=1)
         out: Tensor = self.head(x)

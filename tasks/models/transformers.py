@@ -19,7 +19,7 @@ class Language(nn.Module):
 
     def __init__(self, model: nn.Module, head: str, causal: bool, padding: int | None) -> None:
         super().__init__()
-        self.model, self.head, self.causal = model, head, causal
+        self.model, self.kind = model, head
         # At the end of a record, where padding stands, nothing that comes before sees it.
         self.padding = None if causal else padding
 
@@ -32,7 +32,7 @@ class Language(nn.Module):
             mask = torch.where(inside, 0.0, -1e9).expand(-1, 1, tokens.shape[1], -1)
         out: Tensor = self.model(tokens, attention_mask=mask).logits
         # Prompts that an adapter puts before the record have outputs, too.
-        return out if self.head == "class" else out[:, -tokens.shape[1] :]
+        return out if self.kind == "class" else out[:, -tokens.shape[1] :]
 
 
 def transformers(
@@ -119,9 +119,16 @@ def transformers(
         raise InputError(f"no {head} model: {first}", where=WHERE, fix="check it") from None
     if head == "class" and info.padding is None:
         model.config.pad_token_id = -1  # no symbol is: what decoders read is the last
+    for part in model.modules():
+        if hasattr(part, "warn_if_padding_and_no_attention_mask"):
+            # It asks whether padding occurs, which torch.func.vmap cannot answer.
+            part.warn_if_padding_and_no_attention_mask = _silent
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Language(model, head, head == "causal" or not both_ways, info.padding)
+
+
+def _silent(tokens: Tensor, mask: Tensor | None) -> None: ...
 
 
 def _configuration(hf: Any, config: Mapping[str, Any] | None) -> Any:
