@@ -203,10 +203,47 @@ class Privacy(Settings):
 
 
 class SecureAggregation(Settings):
-    """``[secure_aggregation]``."""
+    """``[secure_aggregation]``: the server sees the sum of the updates and nothing else."""
 
-    enabled: Literal[False] = False
-    """Whether the server sees only the sum of the updates."""
+    enabled: bool = False
+    """Whether updates, weights and metrics are summed under masks."""
+    accounting_only: bool = False
+    """Simulation: rounded and summed as under masks, but without them. The same numbers for less
+    work; no site takes part in it."""
+    min_cohort: int = Field(3, ge=3, le=65535)
+    """The fewest clients of a sum; a round that keeps fewer has no result."""
+    corrupt_fraction: Fraction = 0.1
+    """The share of a cohort that may help a hostile server."""
+    dropout_fraction: Fraction = 0.1
+    """The share of a cohort that may vanish without the end of the round."""
+    neighbours: Count | None = None
+    """Clients that each shares masks with; ``None``: what the two fractions ask for."""
+    threshold: Count | None = None
+    """Neighbours that must stay and agree; ``None``: what the two fractions ask for. One that is
+    not safe is refused."""
+    bits: int = Field(32, ge=16, le=32)
+    """Sums are taken modulo 2 to the power of this; fewer bits are a smaller upload."""
+    clip: Positive = 4.0
+    """Each number of a delta, times the client's share of ``max_weight``, is clipped to ±clip."""
+    buffer_clip: Positive = 1024.0
+    """The same for buffers, such as running statistics and counters."""
+    metric_clip: Positive = 100.0
+    """The same for training metrics."""
+    groups: Count = 1
+    """Random groups of a cohort, each summed by itself: robust strategies see the groups' sums."""
+
+
+class EarlyStopping(Settings):
+    """``[evaluate.early_stopping]``: when a run ends before its last round."""
+
+    metric: str = "loss"
+    """Which metric is watched."""
+    patience: Count = 5
+    """Evaluations in a row without an improvement, after which the run is finished."""
+    min_delta: NonNegative = 0.0
+    """Less than this is no improvement."""
+    better: Literal["lower", "higher"] | None = None
+    """``None``: lower for loss, perplexity and error, higher for everything else."""
 
 
 class Evaluate(Settings):

@@ -21,6 +21,7 @@ from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
 from umbel.server.store import RunStore
 from umbel.simulations.prepare import plan, prepare
+from umbel.simulations.secure import SecureFederation
 from umbel.simulations.located import located
 
 from umbel.tasks.begin import base_hash
@@ -107,6 +108,8 @@ def simulate(
     federation: Federation = make_engine(
         run, prepared.data, prepared.task, prepared.strategy.client, announce
     )
+    if run.secure_aggregation.enabled and engine != "flower":  # there it is in the messages
+        federation = SecureFederation(federation, run, prepared.strategy)
         _same_base(base, entry)
     try:
         if resume is None:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from umbel.core.errors import InputError
-from umbel.privacy.secure_aggregation.keystream import Words, fresh_stream, scratch
+from umbel.privacy.secure_aggregation.keystream import KeyStream, Words, fresh_stream, scratch
 
 Numbers = npt.NDArray[Any]
 
@@ -89,9 +89,14 @@ class Layout:
         """No decoded number of a sum over ``clients`` is off by more than this."""
         return clients * self.step(field)
 
-    def encode(self, values: Mapping[str, Numbers]) -> Words:
+    def encode(self, values: Mapping[str, Numbers], rounding: bytes | None = None) -> Words:
         """The vector of ring elements, shape (size,), from one array of any shape a field.
 
+        Args:
+            values: field name -> its numbers.
+            rounding: in simulation alone, the 32-byte key that rounding is drawn from, so that a
+                run repeats; whoever knows it learns bits of what was rounded. ``None``: a fresh one
+                of the operating system.
         Raises:
             InputError: a missing or unknown field, another size, a number that is not finite, a
                 whole number out of its range.
@@ -99,6 +104,7 @@ class Layout:
         names = [field.name for field in self.fields]
         _need(set(values) == set(names), f"fields {sorted(values)}, expected {sorted(names)}")
         out = np.empty(self.size, dtype="<u4")
+        stream = fresh_stream() if rounding is None else KeyStream(rounding)
         start = 0
         for field in self.fields:
             flat = np.asarray(values[field.name]).reshape(-1)
@@ -108,7 +114,7 @@ class Layout:
             )
             part = out[start : start + field.size]
             if isinstance(field, Real):
-                self._round(field, flat, part)
+                self._round(field, flat, part, stream)
             else:
                 _whole(field, flat, part)
             start += field.size
@@ -133,8 +139,7 @@ class Layout:
             start += field.size
         return sums
 
-    def _round(self, field: Real, values: Numbers, out: Words) -> None:
-        stream = fresh_stream()
+    def _round(self, field: Real, values: Numbers, out: Words, stream: KeyStream) -> None:
         buffer, words = scratch()
         scaled = np.empty(words.size, dtype=np.float64)
         uniform = np.empty(words.size, dtype=np.float64)

@@ -14,6 +14,7 @@ from enum import Enum
 
 import numpy as np
 
+from umbel.core.errors import InputError
 from umbel.privacy.secure_aggregation import graph
 from umbel.privacy.secure_aggregation.agreement import RoundKeys
 from umbel.privacy.secure_aggregation.identities import Directory
@@ -252,7 +253,10 @@ class Server:
             raise Cannot(f"{len(members)} members, need {self._min_cohort}")
         if self._terms.overflows(len(members)):
             raise Cannot(f"the values of {len(members)} members do not fit the ring")
-        k, t, _ = self._design(len(members))
+        try:
+            k, t, _ = self._design(len(members))
+        except InputError as error:  # too few answered for any graph
+            raise Cannot(error.message) from None
         body = b"".join(self._adverts[m].body() for m in members)
         self._roster = Roster(self._draw, k, t, body)
         self._adverts = {m: self._adverts[m] for m in members}

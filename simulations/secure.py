@@ -1,0 +1,218 @@
+"""Secure aggregation around any federation in this process: real keys, real masks, no network.
+
+The clients' updates come from the engine that is wrapped; each then goes through the client's own
+state machine, and the round loop gets the sum alone. Masks cancel exactly and rounding is seeded in
+a simulation, so a run has the same bits with and without masks, and for any number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from umbel.core.payloads import (
+    EvaluatePlan,
+    Evaluation,
+    Failure,
+    Federation,
+    Folded,
+    TrainPlan,
+    Updates,
+)
+from umbel.core.run_file import RunFile
+from umbel.privacy.secure_aggregation.client import Client
+from umbel.privacy.secure_aggregation.identities import Directory, Identity
+from umbel.privacy.secure_aggregation.in_process import nobody, run_round
+from umbel.privacy.secure_aggregation.keystream import Words
+from umbel.privacy.secure_aggregation.server import Aborted, Server, Stage, Total
+from umbel.privacy.secure_aggregation.terms import Terms
+from umbel.server import secure
+from umbel.server.gate import Gate, weight_cap
+from umbel.server.rounds import uniform
+from umbel.strategies.parts import Strategy
+from umbel.strategies.parts.combine import weighted_mean
+from umbel.strategies.parts.secure_sum import SecureSum, Sum, metric_names
+
+
+class SecureFederation:
+    """A federation of which the round loop sees sums only.
+
+    Args:
+        inner: where the clients live.
+        run: the run file.
+        strategy: what it names.
+        silent: tests lose messages with it: whether the answer of a client (its place in its group)
+            is lost in a stage.
+    Raises:
+        InputError: the run cannot be summed securely.
+    """
+
+    def __init__(
+        self,
+        inner: Federation,
+        run: RunFile,
+        strategy: Strategy,
+        silent: Callable[[Stage, int], bool] = nobody,
+    ) -> None:
+        secure.check(run, strategy.combine, len(inner.clients()))
+        self._inner, self._run, self._strategy = inner, run, strategy
+        self._section = run.secure_aggregation
+        self._silent = silent
+        self._cap = weight_cap([], run.strategy.max_weight)
+        self._identities: dict[str, Identity] = {}
+
+    def clients(self) -> Sequence[str]:
+        """The names of the clients."""
+        return self._inner.clients()
+
+    def examples(self) -> Any:
+        """How many training examples each has, as a simulation knows; sites do not tell."""
+        return self._inner.examples()
+
+    def train(self, plan: TrainPlan) -> Iterator[Updates | Failure | Folded]:
+        """Trains the plan's clients; yields the failures, and the sum of the others as one part."""
+        seed, section = self._run.run.seed, self._section
+        groups = secure.deal(plan, seed, section.groups)
+        member = {c: (g, i) for g, names in enumerate(groups) for i, c in enumerate(names)}
+        largest = max(map(len, groups))
+        sums: SecureSum | None = None
+        vectors: list[dict[int, Words]] = [{} for _ in groups]
+        metrics: list[str] = []
+        capped: list[str] = []
+        # What each client asks of its own update before it hands it to its state machine.
+        gate = Gate(plan.round, plan.clients, plan.expected(), self._cap)
+        for item in self._inner.train(replace(plan, fold=None)):
+            if isinstance(item, Failure):
+                yield item
+                continue
+            assert isinstance(item, Updates)
+            passed = gate.check(item)
+            yield from passed.failures
+            capped.extend(passed.capped)
+            for row, client in enumerate(passed.updates.clients):
+                update = passed.updates.take([row])
+                if self._run.strategy.weights == "uniform":
+                    update = uniform(update)
+                sums = sums or self._sum(plan, update, largest)
+                metrics = metrics or metric_names(update)
+                group, place = member[client]
+                key = _rounding(seed, plan.round, client)
+                self._put(vectors[group], place, sums.encode(update, key))
+        parts: list[tuple[Sequence[str], Sum]] = []
+        for names, given in zip(groups, vectors, strict=True):
+            if sums is None:
+                break
+            found = self._add(plan, names, given, sums)
+            if isinstance(found[0], Total):
+                total = found[0]
+                survivors = [names[i] for i in total.survivors]
+                parts.append((survivors, sums.decode(total.words, len(survivors), metrics)))
+            yield from found[1]
+        if parts:
+            whole = secure.cohort(parts, self._strategy.combine, plan)
+            whole.capped.extend(c for c in capped if c in set(whole.participants))
+            yield whole
+
+    def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
+        """The figures of all clients together: nobody sees those of one."""
+        found: list[Evaluation] = []
+        for item in self._inner.evaluate(plan):
+            if isinstance(item, Failure):
+                yield item
+            else:
+                found.append(item)
+        found.sort(key=lambda e: e.client)
+        if total := sum(e.examples for e in found):
+            names = found[0].metrics
+            means = {n: sum(e.metrics[n] * e.examples for e in found) / total for n in names}
+            yield Evaluation("all", total, means)
+
+    def plan_record(self) -> Mapping[str, Any]:
+        """What the engine says, and that sums were masked and rounding seeded."""
+        how = "accounting only" if self._section.accounting_only else "masked"
+        return {**self._inner.plan_record(), "secure_aggregation": f"{how}, seeded rounding"}
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._inner.close()
+
+    def _sum(self, plan: TrainPlan, update: Updates, clients: int) -> SecureSum:
+        combine = self._strategy.combine
+        combiner = weighted_mean() if combine.merge is None else combine
+        tensors = plan.expected()
+        cap = 1.0 if self._run.strategy.weights == "uniform" else self._cap
+        return SecureSum(
+            combiner,
+            lambda: combiner.zero(tensors),
+            {name: t[0] for name, t in update.delta.items()},
+            frozenset(plan.model.buffers),
+            self._section,
+            cap,
+            clients,
+        )
+
+    def _put(self, vectors: dict[int, Words], place: int, words: Words) -> None:
+        if not self._section.accounting_only or not vectors:
+            vectors[place] = words
+            return
+        first = next(iter(vectors))  # one running sum, under the number of whoever came first
+        np.add(vectors[first], words, out=vectors[first])
+        vectors[place] = _NONE
+
+    def _add(
+        self, plan: TrainPlan, names: Sequence[str], vectors: dict[int, Words], sums: SecureSum
+    ) -> tuple[Total | Aborted, list[Failure]]:
+        """The sum of one group, and who is not in it."""
+        section = self._section
+        if section.accounting_only:
+            if len(vectors) < section.min_cohort:
+                why = f"{len(vectors)} members, need {section.min_cohort}"
+                there = [names[i] for i in vectors]
+                return Aborted(why), secure.aborted(there, {}, why)
+            words = next(iter(vectors.values())) & np.uint32((1 << section.bits) - 1)
+            return Total(words, tuple(sorted(vectors))), []
+        identities = [self._identity(name) for name in names]
+        directory = Directory([identity.public_key for identity in identities])
+        terms = Terms(
+            hashlib.sha256(f"{self._run.run.name}\0{self._run.run.seed}".encode()).digest()[:16],
+            plan.round,
+            secure.context_of({"round": plan.round}, plan.model.tensors()),
+            directory.digest,
+            sums.size,
+            section.bits,
+            sums.value_bits,
+        )
+        policy = secure.policy(section)
+
+        def payload(place: int) -> Callable[[], Words]:
+            return lambda: vectors[place]
+
+        clients = {
+            i: Client(i, identities[i], directory, terms, policy, payload(i)) for i in vectors
+        }
+        server = Server(terms, directory, clients, secure.design(section), section.min_cohort)
+        found = run_round(server, clients, terms, silent=self._silent)
+        lost = {names[i]: f"secure aggregation: {why}" for i, why in server.lost.items()}
+        if isinstance(found, Aborted):
+            there = [names[i] for i in vectors]
+            return found, secure.aborted(there, {}, found.why)
+        inside = {names[i] for i in found.survivors}
+        return found, [Failure(c, why) for c, why in lost.items() if c not in inside]
+
+    def _identity(self, name: str) -> Identity:
+        if name not in self._identities:
+            self._identities[name] = Identity.generate()
+        return self._identities[name]
+
+
+_NONE: Words = np.zeros(0, dtype=np.uint32)
+
+
+def _rounding(seed: int, round_number: int, client: str) -> bytes:
+    """The key of a client's rounding in a simulation: a function of the seed, as all its draws."""
+    text = f"umbel secure rounding\0{seed}\0{round_number}\0{client}"
+    return hashlib.sha256(text.encode()).digest()

@@ -1,0 +1,233 @@
+"""What goes under the masks of secure aggregation: one client's part of a combiner's sum.
+
+A combiner that workers can fold is a sum: what ``add`` makes of one client's update, added up
+number by number over the clients, is the accumulator of them all. So each client adds its own
+update to an empty accumulator, and its numbers travel as ring elements: deltas times weights,
+weights, counts, whatever else the strategy sums, and the training metrics. The server decodes the
+sum of the accumulators, and no strategy is written twice.
+
+Numbers that grow with a client's weight are divided by the cap on weights before they are rounded,
+so that ``[secure_aggregation] clip`` bounds weight / cap · delta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umbel.core.errors import InputError
+from umbel.core.payloads import Updates
+from umbel.core.run_file import SecureAggregation
+from umbel.core.trees import Tree
+from umbel.privacy.secure_aggregation.encoding import Field, Layout, Real, Whole
+from umbel.privacy.secure_aggregation.keystream import Words
+from umbel.privacy.secure_aggregation.terms import widest_values
+from umbel.strategies.parts.combine import Combiner
+
+METRICS = 16
+"""Training metrics that have a place in the vector, in alphabetical order; more are left out."""
+
+FLOAT_BITS = 24
+"""Fewer bits a number than these, and the sum is coarser than a float32 is."""
+
+
+class Leaf(NamedTuple):
+    """One place of an accumulator: where it is, how it is bounded, and what scales it."""
+
+    path: tuple[str | int, ...]
+    size: int
+    bound: float
+    scale: float
+    counts: bool
+
+
+class Sum(NamedTuple):
+    """What the sum of some clients comes to.
+
+    Args:
+        accumulator: of the combiner.
+        totals: metric -> (sum of weight · value, sum of the weights).
+    """
+
+    accumulator: Any
+    totals: dict[str, list[float]]
+
+
+class SecureSum:
+    """Turns a client's update into a vector, and the sum of vectors into an accumulator.
+
+    Client and server make the same one from the run file and the model.
+
+    Args:
+        combiner: with a ``merge``.
+        zero: makes an empty accumulator.
+        template: name -> (*shape): what one client's delta holds, with dtypes.
+        buffers: those of its names that are bounded by ``buffer_clip``.
+        section: bounds and ring.
+        cap: the most that a client weighs; 1 where all weigh the same.
+        clients: how many take part, at the most.
+    Raises:
+        InputError: the combiner is no sum, or so many clients do not fit the ring.
+    """
+
+    def __init__(
+        self,
+        combiner: Combiner,
+        zero: Callable[[], Any],
+        template: Tree,
+        buffers: frozenset[str],
+        section: SecureAggregation,
+        cap: float,
+        clients: int,
+    ) -> None:
+        if combiner.merge is None:
+            raise InputError(
+                "this strategy needs single updates, and under secure aggregation there are none",
+                where="[secure_aggregation]",
+                fix="set groups = 5 or so: it then sees the sums of random groups",
+            )
+        self._combiner, self._zero, self._cap = combiner, zero, cap
+        self._template = template
+        self.value_bits = min(31, widest_values(clients, section.bits))
+        if self.value_bits < 2:
+            raise InputError(
+                f"{clients} clients leave {self.value_bits} bits for each number",
+                where="[secure_aggregation] bits",
+                fix=f"set bits = {min(32, section.bits + 8)}, or a smaller cohort",
+            )
+        self._leaves = self._measure(buffers, section)
+        fields: list[Field] = []
+        for place, leaf in enumerate(self._leaves):
+            name = f"{place}"
+            if leaf.counts:
+                fields.append(Whole(name, leaf.size, 0, 1))
+            else:
+                fields.append(Real(name, leaf.size, leaf.bound))
+        fields += [Real("values", METRICS, section.metric_clip), Real("seen", METRICS, 1.0)]
+        self.layout = Layout(fields, self.value_bits)
+
+    @property
+    def size(self) -> int:
+        """Numbers in the vector."""
+        return self.layout.size
+
+    def encode(self, updates: Updates, rounding: bytes | None = None) -> Words:
+        """The vector of one client, shape (size,).
+
+        Args:
+            updates: of one client, valid; its weight is at most the cap.
+            rounding: as :meth:`Layout.encode`.
+        Raises:
+            InputError: a number is not finite.
+        """
+        weight = float(updates.weights[0]) / self._cap
+        accumulator = self._combiner.add(self._zero(), updates)
+        values: dict[str, Any] = {}
+        for place, (leaf, found) in enumerate(zip(self._leaves, _walk(accumulator), strict=True)):
+            numbers = _numbers(found[1])
+            values[f"{place}"] = numbers if leaf.counts else numbers / leaf.scale
+        kept = np.zeros((2, METRICS))
+        for place, name in enumerate(metric_names(updates)):
+            value = float(updates.metrics[name][0])
+            if math.isfinite(value):
+                kept[:, place] = value * weight, weight
+        values["values"], values["seen"] = kept
+        return self.layout.encode(values, rounding)
+
+    def decode(self, words: Words, clients: int, metrics: Sequence[str]) -> Sum:
+        """What the summed vector of ``clients`` says; ``metrics`` as :func:`metric_names`."""
+        found = self.layout.decode(words, clients)
+        parts = [found[f"{place}"] * leaf.scale for place, leaf in enumerate(self._leaves)]
+        values, seen = found["values"] * self._cap, found["seen"] * self._cap
+        # Nobody's share of a metric is rounded to almost, not exactly, nothing.
+        least = clients * self.layout.step(Real("seen", METRICS, 1.0)) * self._cap
+        totals = {
+            name: [float(values[place]), float(seen[place])]
+            for place, name in enumerate(metrics)
+            if seen[place] > least
+        }
+        return Sum(_rebuild(self._zero(), iter(parts)), totals)
+
+    def error_bound(self, clients: int) -> dict[str, float]:
+        """Path -> the most by which a decoded number may be off, in the accumulator's units."""
+        return {
+            "/".join(map(str, leaf.path)): (
+                0.0
+                if leaf.counts
+                else clients * leaf.scale * self.layout.step(Real("", leaf.size, leaf.bound))
+            )
+            for leaf in self._leaves
+        }
+
+    def _measure(self, buffers: frozenset[str], section: SecureAggregation) -> list[Leaf]:
+        """Every place of the accumulator, found by adding one update with two weights."""
+        once, twice = (self._probe(weight) for weight in (1.0, 2.0))
+        leaves = []
+        for (path, value), (_, doubled) in zip(_walk(once), _walk(twice), strict=True):
+            numbers, grown = _numbers(value), _numbers(doubled)
+            weighted = not np.array_equal(numbers, grown)
+            # A whole number that does not depend on the weight counts clients.
+            counts = isinstance(value, int) and not weighted
+            clip = section.buffer_clip if buffers & {str(p) for p in path} else section.clip
+            # A single number that is as large as the weight is a sum of weights, at most the cap.
+            if not isinstance(value, Tensor):
+                clip = 1.0
+            leaves.append(
+                Leaf(path, numbers.size, clip, self._cap if weighted else 1.0, counts=counts)
+            )
+        return leaves
+
+    def _probe(self, weight: float) -> Any:
+        delta = {
+            name: torch.ones((1, *t.shape), dtype=t.dtype) for name, t in self._template.items()
+        }
+        updates = Updates(1, ["probe"], delta, torch.tensor([weight], dtype=torch.float64))
+        return self._combiner.add(self._zero(), updates)
+
+
+def metric_names(updates: Updates) -> list[str]:
+    """The training metrics that travel, in the order of their places."""
+    return sorted(updates.metrics)[:METRICS]
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().double().numpy().reshape(-1)
+    return np.array([value], dtype=np.float64)
+
+
+def _walk(
+    value: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """The numbers and tensors of an accumulator, with where they are."""
+    if isinstance(value, Mapping):
+        for name in value:
+            yield from _walk(value[name], (*path, name))
+    elif isinstance(value, (tuple, list)):
+        for place, item in enumerate(value):
+            yield from _walk(item, (*path, place))
+    elif value is not None:
+        yield path, value
+
+
+def _rebuild(like: Any, parts: Iterator[Any]) -> Any:
+    """An accumulator of the form of ``like`` with other numbers."""
+    if isinstance(like, Mapping):
+        return {name: _rebuild(like[name], parts) for name in like}
+    if isinstance(like, tuple):
+        items = [_rebuild(item, parts) for item in like]
+        return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
+    if isinstance(like, list):
+        return [_rebuild(item, parts) for item in like]
+    if like is None:
+        return None
+    numbers = next(parts)
+    if isinstance(like, Tensor):
+        tensor = torch.from_numpy(numbers.reshape(tuple(like.shape)))
+        return tensor.to(like.device, like.dtype)
+    return round(float(numbers[0])) if isinstance(like, int) else float(numbers[0])
