@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from umbel.client import batches, devices, optimizers
+from umbel.client import batches, devices, optimizers, own
 from umbel.client.local_privacy import release
+from umbel.client.passes import objective
 from umbel.client.private import PrivateSteps
 from umbel.core import randomness
 from umbel.core.errors import InputError
 from umbel.core.payloads import Updates
 from umbel.core.run_file import RunFile
-from umbel.core.trees import Model, Tree, map_tree
+from umbel.core.trees import Model, Tree, flatten, map_tree
 from umbel.datasets.federated import Arrays, rows
 from umbel.privacy.sources import Sources, system_sources
-from umbel.strategies.parts import ClientRule, Local
-from umbel.strategies.parts.rule import clip_gradient
+from umbel.strategies.parts import ClientRule, Local, Trees
+from umbel.strategies.parts.rule import NONE, clip_gradient
+from umbel.strategies.parts.strategy import private_names
 from umbel.tasks.build import initial_module, model_of
 from umbel.tasks.evaluate import add_sums, evaluate, per_example, tensor_of
 from umbel.tasks.task import Batch, Task
+
+
+class Learned(NamedTuple):
+    """What a client's round leaves.
+
+    Args:
+        updates: what travels.
+        kept: what the client keeps, ``letter/name`` -> tensor on the CPU; never sent.
+    """
+
+    updates: Updates
+    kept: dict[str, Tensor]
 
 
 class ClientRuntime:
@@ -39,8 +54,9 @@ class ClientRuntime:
         sources: of the randomness that protects people; ``None``: the operating system.
 
     Raises:
-        InputError: the device or precision is not here, the model has nothing to train, or it
-            cannot be trained privately where ``[privacy]`` asks for that.
+        InputError: the device or precision is not here, the model has nothing to train, it
+            cannot be trained privately where ``[privacy]`` asks for that, or the strategy does not
+            go with the optimizer.
     """
 
     def __init__(
@@ -57,6 +73,9 @@ class ClientRuntime:
                 where="[task]",
                 fix="unfreeze what shall be trained",
             )
+        whole = model_of(self._module)
+        self.at_home = private_names(rule, whole)
+        _check(run, rule, whole, self.at_home)
         self.sources = sources or system_sources()
         self.private: PrivateSteps | None = None
         if run.privacy.unit == "example":
@@ -70,62 +89,109 @@ class ClientRuntime:
         """
         module = copy.deepcopy(self._module).train()
         if model is not None:
-            load(module, model)
+            load(module, model, self.at_home)
         return module
 
     def train(self, round_number: int, client: str, examples: Arrays, model: Model) -> Updates:
+        """:meth:`learn` for a client that has just begun: its updates alone."""
+        return self.learn(round_number, client, examples, model).updates
+
+    def learn(
+        self,
+        round_number: int,
+        client: str,
+        examples: Arrays,
+        model: Model,
+        shared: Trees = NONE,
+        kept: Tree | None = None,
+    ) -> Learned:
         """Trains ``model`` on the client's examples for the local epochs or steps of the run.
 
         Args:
             round_number: 1 … rounds.
             client: its name.
             examples: at least one.
-            model: the global model.
+            model: the global model, without what is private.
+            shared: what the strategy broadcasts besides.
+            kept: what the client kept, ``letter/name`` -> tensor; ``None``: this is its first time.
 
         Returns:
             one client's updates, on the device of ``model``. The metrics are means over the
             examples of all steps, each as the model was when it saw it.
         Raises:
             InputError: ``model`` does not fit the task; the losses have the wrong shape.
+            RunError: what the client kept does not fit the model.
         """
         if self.private is not None:
-            return self._train_privately(self.private, round_number, client, examples, model)
+            updates = self._train_privately(self.private, round_number, client, examples, model)
+            return Learned(updates, {})
         section, seed, n = self.run.client, self.run.run.seed, rows(examples)
         module = self.module(model)
         params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        mine = self.own(module, client, kept)
+        shared = {letter: self._here(tree) for letter, tree in shared.items()}
         anchor = map_tree(lambda p: p.detach().clone(), params)
+        loss = self._loss(module, examples) if self.rule.initial_loss else 0.0
+        trained = _leaves(params, own.start(self.rule, anchor, shared, mine), anchor)
         lr = optimizers.learning_rate(section, round_number, self.run.run.rounds)
-        optimizer = optimizers.optimizer(section, params.values(), lr)
+        optimizer = optimizers.optimizer(section, trained.values(), lr)
         scaler = torch.amp.GradScaler(self.device.type, enabled=section.precision == "float16")
         columns = {name: tensor_of(c).to(self.device) for name, c in examples.items()}
         schedule = batches.schedule(
             seed, round_number, client, n, section.batch_size, *self.run.round_length
         )
         totals: dict[str, Tensor] = {}
+        local = Local(trained, anchor, shared, mine, 0, len(schedule))
         with devices.seeded(
             self.device, randomness.torch_seed(seed, "dropout", round_number, client)
         ):
-            for batch in schedule:
+            for step, batch in enumerate(schedule):
                 parts = np.array_split(batch, min(section.accumulation, len(batch)))
                 self._step(
                     module,
-                    Local(params, anchor),
+                    local._replace(step=step),
                     optimizer,
                     scaler,
                     [{k: c[torch.from_numpy(p)] for k, c in columns.items()} for p in parts],
                     totals,
                 )
+        with torch.no_grad():
+            ended = map_tree(torch.Tensor.detach, trained)
+            taken = own.Taken.of(len(schedule), n, loss)
+            left = own.end(self.rule, ended, local._replace(params=ended), taken, lr)
+        after = model_of(module)
+        delta = {**_difference(after, model), **left.delta, **left.uploads}
         seen = sum(map(len, schedule))
-        return self.released(
-            Updates(
-                round_number,
-                [client],
-                {name: d[None] for name, d in _difference(model_of(module), model).items()},
-                torch.tensor([n], dtype=torch.float64),
-                {name: (total / seen).cpu().double()[None] for name, total in totals.items()},
-            ),
-            model,
+        updates = Updates(
+            round_number,
+            [client],
+            {name: d.to(_device(model))[None] for name, d in delta.items()},
+            torch.tensor([n], dtype=torch.float64),
+            {name: (total / seen).cpu().double()[None] for name, total in totals.items()},
         )
+        keeps = dict(left.own)
+        if self.at_home:
+            keeps[own.PRIVATE] = {n: t for n, t in after.tensors().items() if n in self.at_home}
+        flat = {name: t.detach().cpu().clone() for name, t in flatten(keeps).items()}
+        return Learned(self.released(updates, model), flat)
+
+    def own(self, module: nn.Module, client: str, kept: Tree | None) -> Trees:
+        """What a client has at the start of a round; its private tensors go into ``module``."""
+        if not self.rule.keeps:
+            return NONE
+        model = model_of(module)
+        whole = Model(map_tree(torch.clone, model.params), map_tree(torch.clone, model.buffers))
+        found = own.restored(kept, own.first(self.rule, whole), client)
+        found = {letter: self._here(tree) for letter, tree in found.items()}
+        for name, tensor in found.get(own.PRIVATE, {}).items():
+            model.tensors()[name].copy_(tensor)
+        return found
+
+    def _here(self, tree: Tree) -> dict[str, Tensor]:
+        return map_tree(lambda t: t.to(self.device), tree)
+
+    def _loss(self, module: nn.Module, examples: Arrays) -> float:
+        return evaluate(self.task, module, examples, device=self.device)[1]["loss"]
 
     def released(self, updates: Updates, model: Model) -> Updates:
         """What of ``updates`` leaves the clients: all, but under local privacy."""
@@ -180,11 +246,9 @@ class ClientRuntime:
         optimizer.zero_grad()
         sizes = [len(next(iter(part.values()))) for part in micro_batches]
         for part, size in zip(micro_batches, sizes, strict=True):
-            with devices.autocast(self.device, self.run.client):
-                losses, figures = per_example(self.task, module, part)
+            value, figures = self.objective(module, local, part)
             # The shares add up to one, and with them the terms of the rule.
-            objective = self.rule.loss(losses.mean(), local) * (size / sum(sizes))
-            scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(value * (size / sum(sizes))).backward()  # type: ignore[no-untyped-call]
             add_sums(totals, figures, lambda v: v.sum())
         scaler.unscale_(optimizer)
         with torch.no_grad():
@@ -193,11 +257,29 @@ class ClientRuntime:
             gradient = map_tree(
                 lambda p: torch.zeros_like(p) if p.grad is None else p.grad, local.params
             )
-            gradient = dict(self.rule.gradient(gradient, local))
+            transformed = self.rule.gradient(gradient, local)
+            before = None if self.rule.after is None else map_tree(torch.clone, local.params)
             for name, p in local.params.items():
-                p.grad = gradient[name]
+                p.grad = transformed[name]
         scaler.step(optimizer)
         scaler.update()
+        if self.rule.after is not None and before is not None:
+            with torch.no_grad():
+                stepped = map_tree(torch.clone, local.params)
+                settled = self.rule.after(stepped, transformed, local._replace(params=before))
+                for name, p in local.params.items():
+                    p.copy_(settled[name])
+
+    def objective(
+        self, module: nn.Module, local: Local, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What one client minimises over a batch, a scalar, and the batch's figures (B,)."""
+        if self.rule.objective is not None:
+            with devices.autocast(self.device, self.run.client):
+                return objective(self.task, module, self.rule, local, batch)
+        with devices.autocast(self.device, self.run.client):
+            losses, figures = per_example(self.task, module, batch)
+        return self.rule.loss(losses.mean(), local), figures
 
 
 def with_clipping(rule: ClientRule, max_grad_norm: float | None) -> ClientRule:
@@ -211,22 +293,23 @@ def with_clipping(rule: ClientRule, max_grad_norm: float | None) -> ClientRule:
     return rule._replace(grad_transforms=(*rule.grad_transforms, clip_gradient(max_grad_norm)))
 
 
-def load(module: nn.Module, model: Model) -> None:
-    """Copies the tensors of ``model`` into ``module``.
+def load(module: nn.Module, model: Model, private: Collection[str] = ()) -> None:
+    """Copies the tensors of ``model`` into ``module``; ``private`` ones of that stay as they are.
 
     Raises:
         InputError: a name or a shape differs.
     """
-    own, given = model_of(module).tensors(), model.tensors()
-    if own.keys() != given.keys():
-        names = sorted(own.keys() ^ given.keys())
+    here, given = model_of(module).tensors(), model.tensors()
+    if here.keys() - private != given.keys():
+        names = sorted((here.keys() - private) ^ given.keys())
         raise InputError(
             f"the global model and the task's model differ in {names[0]!r}"
             + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
             where="[task]",
             fix="do both sides have the same version of the model?",
         )
-    for name, tensor in own.items():
+    for name in given:
+        tensor = here[name]
         if tensor.shape != given[name].shape:
             raise InputError(
                 f"{name!r} has shape {tuple(given[name].shape)} in the global model, expected "
@@ -239,8 +322,50 @@ def load(module: nn.Module, model: Model) -> None:
 
 def _difference(local: Model, model: Model) -> dict[str, Tensor]:
     given: Tree = model.tensors()
-    moved = {name: tensor.to(given[name].device) for name, tensor in local.tensors().items()}
+    here = local.tensors()
+    moved = {name: here[name].to(tensor.device) for name, tensor in given.items()}
     return {
         name: tensor ^ given[name] if tensor.dtype is torch.bool else tensor - given[name]
         for name, tensor in moved.items()
     }
+
+
+def _device(model: Model) -> torch.device:
+    return next(iter(model.tensors().values())).device
+
+
+def _leaves(params: Tree, start: Tree, anchor: Tree) -> dict[str, Tensor]:
+    """What is trained: ``params`` moved to where training starts, and what is trained along."""
+    leaves = dict(params)
+    with torch.no_grad():
+        for name, tensor in start.items():
+            if name not in leaves:
+                leaves[name] = tensor.clone().requires_grad_()
+            elif tensor is not anchor[name]:
+                leaves[name].copy_(tensor)
+    return leaves
+
+
+def _check(run: RunFile, rule: ClientRule, model: Model, private: Collection[str]) -> None:
+    section = run.client
+    if rule.plain_sgd and (section.optimizer != "sgd" or section.momentum):
+        found = f"momentum = {section.momentum}" if section.momentum else section.optimizer
+        raise InputError(
+            f"strategy '{run.strategy.name}' assumes plain SGD at the clients, and [client] has "
+            f"{found}",
+            where="[client]",
+            fix="set optimizer = 'sgd' and momentum = 0",
+        )
+    if model.params.keys() <= set(private):
+        raise InputError(
+            f"strategy '{run.strategy.name}' keeps all {len(model.params)} parameters private",
+            where="[strategy]",
+            fix="leave some to be learned together",
+        )
+    if run.privacy.unit == "example" and not (rule.plain and rule.objective is None):
+        raise InputError(
+            f"strategy '{run.strategy.name}' computes more from a client's examples than gradients "
+            "that DP-SGD privatises",
+            where="[privacy] unit",
+            fix="use unit = 'client', or a strategy without client state",
+        )

@@ -124,8 +124,8 @@ class ClientRule(NamedTuple):
         objective: in place of the mean loss and ``loss_terms``.
         joint: letters of ``state`` that are trained along with the model, by the same optimizer;
             for objectives that involve them.
-        after: (parameters after a step, gradient as it was computed, ``Local``) -> parameters, of
-            the same names.
+        after: (parameters after a step, the gradient that the optimizer was given, ``Local``) ->
+            parameters, of the same names.
         initial_loss: whether ``end`` is told the loss of the global model.
         plain_sgd: whether the mathematics assumes SGD without momentum.
     """
@@ -213,14 +213,23 @@ def clip_gradient(max_norm: float) -> GradTransform:
     """Scales the gradient of a batch so that its global L2 norm is at most ``max_norm``.
 
     Guarantees: direction kept; a zero gradient stays zero. The same rule as
-    ``torch.nn.utils.clip_grad_norm_``, which adds 1e-6 to the norm.
+    ``torch.nn.utils.clip_grad_norm_``, which adds 1e-6 to the norm. What is trained along with the
+    model is clipped by itself.
 
     Source: Pascanu, Mikolov and Bengio 2013, Algorithm 1 (arXiv:1211.5063).
     """
 
-    def transform(gradient: Tree, local: Local) -> Tree:
+    def clip(gradient: Tree) -> dict[str, Tensor]:
         total = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         return map_tree(lambda g: g * scale, gradient)
+
+    def transform(gradient: Tree, local: Local) -> Tree:
+        letters = dict.fromkeys(name.rpartition("/")[0] for name in gradient)
+        parts = [
+            {n: g for n, g in gradient.items() if n.rpartition("/")[0] == letter}
+            for letter in letters
+        ]
+        return {name: g for part in parts for name, g in clip(part).items()}
 
     return transform
