@@ -17,7 +17,7 @@ import click
 import typer
 
 import umbel
-from umbel.cli import bench, flower, output, parts, plot, runs, simulate
+from umbel.cli import bench, flower, output, parts, plot, runs, server, simulate, site, submit, tune
 from umbel.core.errors import UmbelError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app = typer.Typer(
 for _name, _verb, _panel in (
     ("simulate", simulate.simulate, "Run"),
     ("check", simulate.check, "Run"),
+    ("tune", tune.tune, "Run"),
     ("flower", flower.flower, "Run"),
     ("runs", runs.runs, "Look at runs"),
     ("show", runs.show, "Look at runs"),
@@ -42,6 +43,15 @@ for _name, _verb, _panel in (
     ("version", parts.version, "About Umbel"),
 ):
     app.command(_name, rich_help_panel=_panel)(_verb)
+for _name, _order in (
+    ("submit", submit.submit),
+    ("pause", submit.pause),
+    ("resume", submit.resume),
+    ("stop", submit.stop),
+):
+    app.command(_name, rich_help_panel="Deploy")(_order)
+app.add_typer(server.app, name="server", rich_help_panel="Deploy")
+app.add_typer(site.app, name="site", rich_help_panel="Deploy")
 app.command("bench", rich_help_panel="About Umbel", context_settings=bench.CONTEXT)(bench.bench)
 
 

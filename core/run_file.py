@@ -190,16 +190,84 @@ class Strategy(Open):
     deadline: Positive | None = None
     """Seconds after which a round stops waiting for remote clients."""
     weights: Literal["examples", "uniform"] = "examples"
-    """What a client counts for in the mean: its number of training examples, or one."""
+    """What a client counts for in the mean: its number of training examples, or one. Under
+    ``[privacy] unit = "client"``: ``uniform``, unless ``weights`` or ``max_weight`` is set."""
     max_weight: Positive | None = None
     """No client weighs more; ``None``: ten times the median number of examples over the clients."""
 
 
 class Privacy(Settings):
-    """``[privacy]``: the unit of privacy and its budget."""
+    """``[privacy]``: whose presence is hidden, how well, and from whom."""
 
-    unit: Literal["none"] = "none"
-    """Whose presence is hidden; ``none``: nobody's."""
+    unit: Literal["none", "example", "client"] = "none"
+    """Whose presence is hidden: one example of a client (DP-SGD at the client), a client with all
+    that it holds, or nobody's."""
+    epsilon: Positive | None = None
+    """The budget of each client's data: the run ends before it is passed. Without
+    ``noise_multiplier``, the noise is calibrated so that the planned rounds just fit."""
+    noise_multiplier: NonNegative | None = None
+    """Standard deviation of the noise over ``clip_norm``; ``None``: calibrated to ``epsilon``. 0 is
+    no privacy at all."""
+    delta: Fraction = 1e-5
+    """The probability that the guarantee may fail with; much less than one over the number of
+    units."""
+    clip_norm: Positive = 1.0
+    """Bound on the L2 norm of what one unit contributes: an example's gradient, a client's delta.
+    With ``adaptive`` clipping, where it starts."""
+    clipping: Literal["flat", "per-layer", "adaptive"] = "flat"
+    """``flat``: one bound on the whole; ``per-layer``: shared evenly by the parameters;
+    ``adaptive``: follows ``clip_quantile`` of the norms, whose noised count is paid for."""
+    clip_quantile: Share = 0.5
+    """``adaptive``: the share of units that are not clipped."""
+    clip_rate: Positive = 0.2
+    """``adaptive``: the geometric rate at which the bound moves."""
+    mechanism: Literal["gaussian", "distributed-discrete-gaussian"] = "gaussian"
+    """What noise: continuous, or whole numbers that clients add under secure aggregation."""
+    place: Literal["server", "client"] = "server"
+    """Unit ``client``: who adds the noise. ``client`` (local privacy) hides a delta from the server
+    too, and needs much more of it for the same model."""
+    accountant: Literal["pld", "rdp"] = "pld"
+    """What calibrates and reports: ``pld`` is tighter, ``rdp`` faster. Both are upper bounds."""
+    neighbouring: Literal["add-or-remove-one", "replace-one", "zero-out"] = "add-or-remove-one"
+    """What a unit's presence means. ``replace-one`` doubles the sensitivity and is not amplified by
+    sampling."""
+    adversary: Literal["server", "outsider"] = "server"
+    """Unit ``client``: who must learn nothing. ``server`` knows who takes part, so that sampling
+    clients amplifies nothing. For an ``outsider`` who sees the models alone clients are sampled by
+    independent coins, and that amplifies."""
+    adversary_because: str = Field("", max_length=500)
+    """Why the adversary does not see who takes part; stands in the ledger. ``outsider`` needs it."""
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> Privacy:
+        if self.unit == "none":
+            return self
+        if self.noise_multiplier is None and self.epsilon is None:
+            raise ValueError(
+                f"unit = '{self.unit}' needs a budget or a noise; set epsilon = 3.0, or "
+                "noise_multiplier = 1.0"
+            )
+        if not self.delta:
+            raise ValueError("delta = 0 is out of reach of Gaussian noise; set delta = 1e-5")
+        if self.unit == "example" and (self.place, self.adversary) != ("server", "server"):
+            raise ValueError("place and adversary belong to unit = 'client'; remove them")
+        if (self.adversary == "outsider") != bool(self.adversary_because.strip()):
+            raise ValueError(
+                "adversary = 'outsider' and adversary_because belong together; say why the "
+                "adversary does not see who takes part, or remove both"
+            )
+        if self.place == "client" and (self.adversary, self.clipping) != ("server", "flat"):
+            raise ValueError(
+                "place = 'client' takes adversary = 'server' and clipping = 'flat'; remove the rest"
+            )
+        if self.adversary == "outsider" and self.neighbouring == "replace-one":
+            raise ValueError("sampling is not amplified under 'replace-one'; use another relation")
+        if self.mechanism != "gaussian":
+            raise ValueError(
+                f"mechanism = '{self.mechanism}' needs secure aggregation, which runs do not have "
+                "yet; use mechanism = 'gaussian'"
+            )
+        return self
 
 
 class SecureAggregation(Settings):
@@ -255,6 +323,67 @@ class Evaluate(Settings):
     """Which of the task's metrics to report; ``None``: all."""
     per_client: bool | None = None
     """Each client's own figures; ``None``: where clients have test parts and are at most 100."""
+    early_stopping: EarlyStopping | None = None
+    """``None``: the run makes all its rounds."""
+
+
+class Sought(Settings):
+    """``[tune.space."section.key"]``: where a value is looked for."""
+
+    low: int | float | None = None
+    """A number, at least. Whole numbers as bounds give whole numbers."""
+    high: int | float | None = None
+    """A number, at most."""
+    log: bool = False
+    """A number whose logarithm is drawn evenly: for rates over several powers of ten."""
+    step: Count | Positive | None = None
+    """A number: only ``low`` and whole steps from it."""
+    choices: tuple[bool | int | float | str, ...] | None = Field(None, min_length=1, strict=False)
+    """Anything else: the values that are tried."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> Sought:
+        if self.choices is not None:
+            if self.model_fields_set != {"choices"}:
+                raise ValueError("choices and bounds exclude each other; remove one")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("nothing to choose from; give low and high, or choices")
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low:g} is not below high = {self.high:g}; swap them")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs low above 0 and no step; remove one of them")
+        return self
+
+
+class Tune(Settings):
+    """``[tune]``: what ``umbel tune`` looks for, and how long. Runs themselves ignore it."""
+
+    space: dict[str, Sought] = Field(default_factory=dict)
+    """``"client.lr" = { low = 0.001, high = 1.0, log = true }``, ``"strategy.name" = { choices =
+    ["fedavg", "fedadam"] }``: keys of the run file as for ``--set``, quoted."""
+    trials: Count = 20
+    """Runs, in all; pruned ones count."""
+    metric: str = "loss"
+    """Which metric of the last evaluated round decides."""
+    better: Literal["lower", "higher"] | None = None
+    """``None``: lower for loss, perplexity and error, higher for everything else."""
+    prune: bool = True
+    """Whether a trial ends that is worse than the median of the earlier ones at the same round."""
+    prune_after: Natural = 3
+    """Rounds that no trial is ended before."""
+
+    @pydantic.field_validator("space", mode="before")
+    @classmethod
+    def _place_by_place(cls, space: Any) -> Any:
+        if not isinstance(space, Mapping):
+            return space
+        for key, value in space.items():
+            if key.count(".") < 1:
+                raise ValueError(f"'{key}' is not section.key; write \"client.{key}\"")
+            if isinstance(value, Mapping):
+                parse(Sought, value, f'[tune.space."{key}"]')
+        return space
 
 
 class RunFile(Settings):
@@ -268,15 +397,26 @@ class RunFile(Settings):
     privacy: Privacy = Privacy()
     secure_aggregation: SecureAggregation = SecureAggregation()
     evaluate: Evaluate = Evaluate()
+    tune: Tune = Tune()
 
     def own_parts(self) -> list[str]:
         """The parts that are the user's own code, ``module:object``, not Umbel's."""
         model = self.task.model
         split = self.data.split
+        adapter = self.task.adapter
         names = [self.data.name, self.task.kind, self.strategy.name]
+        names += [adapter.kind if isinstance(adapter, Adapter) else adapter or ""]
         names += [] if split is None else [split.kind]
         names += [] if model is None else [model if isinstance(model, str) else model.name]
         return [name for name in names if ":" in name]
+
+    def files(self) -> list[str]:
+        """What is read from this machine besides the data: a model, a tokenizer, earlier runs."""
+        model, given = self.task.model, self.task.init_from or ()
+        paths = [given] if isinstance(given, str) else list(given)
+        paths += [model.parameters().get("path", "")] if isinstance(model, Part) else []
+        paths += [self.data.parameters().get("tokenizer", "")]
+        return [str(path) for path in paths if path not in ("", None, *TOKENIZERS)]
 
     @property
     def round_length(self) -> tuple[int | None, int | None]:
@@ -284,6 +424,9 @@ class RunFile(Settings):
         c = self.client
         return (c.local_epochs or 1, None) if c.local_steps is None else (None, c.local_steps)
 
+
+TOKENIZERS = ("bytes", "characters")
+"""Those that need no file."""
 
 # Tables of design that this version knows of and does not run yet: an honest answer, not a typo.
 PLANNED = ("continual", "attack")
@@ -317,8 +460,19 @@ def resolve(table: Mapping[str, Any], where: str = "run file") -> RunFile:
     for name in ("data", "task"):
         if name not in table:
             raise InputError(f"table [{name}] is missing", where=where, fix=f"add [{name}]")
-    checked: RunFile = parse(RunFile, table, where)
+    checked: RunFile = parse(RunFile, _equal_clients(table), where)
     return checked
+
+
+def _equal_clients(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where clients are hidden, they weigh the same unless the run file says otherwise."""
+    strategy = table.get("strategy", {})
+    if table.get("privacy", {}).get("unit") != "client" or strategy.keys() & {
+        "weights",
+        "max_weight",
+    }:
+        return table
+    return {**table, "strategy": {**strategy, "weights": "uniform"}}
 
 
 def _keys(section: Any) -> Collection[str]:
@@ -332,6 +486,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     Raises:
         InputError: no such file, not TOML, or as :func:`resolve`.
     """
+    return resolve(read(path, overrides), str(path))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of the run file at ``path``, with overrides applied, unchecked.
+
+    Raises:
+        InputError: no such file, or not TOML.
+    """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -340,7 +503,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
         raise InputError(f"cannot read the run file: {reason}", where=str(path), fix=fix) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"not TOML: {error}", where=str(path), fix="mend that line") from None
-    return resolve(overridden(table, overrides), str(path))
+    return overridden(table, overrides)
 
 
 def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -365,25 +528,21 @@ def _override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string: --set strategy.name=fedadam
+    put(table, keys, value, f"--set {override}")
+
+
+def put(table: dict[str, Any], keys: Sequence[str], value: Any, where: str) -> None:
+    """Sets the key below its tables, in place.
+
+    Raises:
+        InputError: it would be below a value that is no table.
+    """
     place = table
     for k in keys[:-1]:
         below = place.setdefault(k, {})
         if isinstance(below, str):  # model = "mlp" and --set task.model.hidden=[8]
             below = place[k] = {"name": below}
         if not isinstance(below, dict):
-            raise InputError(f"'{k}' is not a table", where=f"--set {override}", fix="drop a level")
+            raise InputError(f"'{k}' is not a table", where=where, fix="drop a level")
         place = below
     place[keys[-1]] = value
-        adapter = self.task.adapter
-        names += [adapter.kind if isinstance(adapter, Adapter) else adapter or ""]
-    def files(self) -> list[str]:
-        """What is read from this machine besides the data: a model, a tokenizer, earlier runs."""
-        model, given = self.task.model, self.task.init_from or ()
-        paths = [given] if isinstance(given, str) else list(given)
-        paths += [model.parameters().get("path", "")] if isinstance(model, Part) else []
-        paths += [self.data.parameters().get("tokenizer", "")]
-        return [str(path) for path in paths if path not in ("", None, *TOKENIZERS)]
-
-TOKENIZERS = ("bytes", "characters")
-"""Those that need no file."""
-

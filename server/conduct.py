@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from umbel.core.errors import UmbelError
@@ -13,8 +14,14 @@ from umbel.core.trees import Model
 from umbel.server.entries import Ended
 from umbel.server.records import RoundRecord
 from umbel.server.rounds import Evaluate, Start, rounds
+from umbel.server.stopping import Patience, Until
 from umbel.server.store import RunStore
 from umbel.strategies.parts import Strategy
+
+
+def never(record: RoundRecord) -> str:
+    """No reason to end a run."""
+    return ""
 
 
 def conduct(
@@ -27,6 +34,7 @@ def conduct(
     evaluate: Evaluate,
     on_round: Callable[[RoundRecord], None],
     commit_seconds: float,
+    until: Until = never,
 ) -> Ended:
     """Runs what is left of a run, and ends it in the store, however it ends.
 
@@ -40,6 +48,8 @@ def conduct(
         evaluate: (round, model) -> scores.
         on_round: called after each round.
         commit_seconds: at least this long between two commits; 0 commits every round.
+        until: asked after each round, before it is committed, besides the run file's own
+            ``early_stopping``; a reason ends the run as finished.
 
     Returns:
         ``finished``, or ``interrupted`` by Ctrl-C.
@@ -56,9 +66,19 @@ def conduct(
             start = Start(saved.round, saved.model, saved.state)
         last = time.monotonic()
         plan: Mapping[str, Any] | None = None
-        for result in rounds(run, strategy, federation, start, evaluate):
+        patience, stopped = never, ""
+        if run.evaluate.early_stopping is not None:
+            patience = Patience(run.evaluate.early_stopping)
+            for record in store.history(run_id):
+                stopped = patience(record)
+        going_on = rounds(run, strategy, federation, start, evaluate)
+        for result in () if stopped else going_on:
             now = time.monotonic()
-            final = result.record.round == run.run.rounds
+            why = patience(result.record) or until(result.record)
+            if why:
+                note = "; ".join(filter(None, [result.record.note, why]))
+                result = result._replace(record=replace(result.record, note=note))
+            final = bool(why) or result.record.round == run.run.rounds
             if plan is None:
                 plan = federation.plan_record()
                 store.keep_plan(run_id, plan)
@@ -66,6 +86,8 @@ def conduct(
             store.commit(run_id, result, checkpoint=due)
             last = now if due else last
             on_round(result.record)
+            if why:
+                break
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"

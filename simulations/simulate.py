@@ -15,16 +15,17 @@ from umbel.core.errors import InputError
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.core.versions import versions
-from umbel.server.conduct import conduct
+from umbel.server.conduct import conduct, never
 from umbel.server.entries import RunEntry
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
+from umbel.server.stopping import Until
 from umbel.server.store import RunStore
+from umbel.simulations.located import located
 from umbel.simulations.prepare import plan, prepare
 from umbel.simulations.secure import SecureFederation
-from umbel.simulations.located import located
-
 from umbel.tasks.begin import base_hash
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -79,6 +80,7 @@ def simulate(
     text: str | None = None,
     on_round: Callable[[RoundRecord, int], None] = ignore,
     announce: Callable[[str], None] = ignore,
+    until: Until = never,
 ) -> Outcome:
     """Runs ``run`` to its end, or until it is interrupted.
 
@@ -89,6 +91,7 @@ def simulate(
         text: the run file as the user wrote it, kept with the run.
         on_round: called after each committed round, with the number of rounds planned.
         announce: called with what a user should know, such as a fall-back.
+        until: asked after each round whether the run ends with it.
 
     Raises:
         InputError: before anything is started or written.
@@ -96,21 +99,21 @@ def simulate(
     """
     began = time.monotonic()
     make_engine = registry.find("engines", engine, "--engine")
+    run = located(run)
     prepared = prepare(run)
+    base = base_hash(prepared.module)
     store = RunStore(run.run.store)
     if resume is not None:
         entry = store.get(resume)
-    run = located(run)
         resume = entry.run_id
-    base = base_hash(prepared.module)
         _same_run(run, entry.run, resume)
+        _same_base(base, entry)
         run = _as_it_computed(run, entry)
     federation: Federation = make_engine(
         run, prepared.data, prepared.task, prepared.strategy.client, announce
     )
     if run.secure_aggregation.enabled and engine != "flower":  # there it is in the messages
         federation = SecureFederation(federation, run, prepared.strategy)
-        _same_base(base, entry)
     try:
         if resume is None:
             run_id = store.create(run, engine=engine, text=text, base_model=base)
@@ -131,6 +134,7 @@ def simulate(
             ),
             lambda record: on_round(record, run.run.rounds),
             run.run.checkpoint_seconds,
+            until,
         )
     finally:
         federation.close()
@@ -172,13 +176,6 @@ def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
                 )
 
 
-def _as_it_computed(run: RunFile, entry: RunEntry) -> RunFile:
-    """The run with the engine plan, and this process with the threads, that it had: same bits."""
-    threads = entry.versions.get("threads")
-    if isinstance(threads, int) and threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-    plan = run.run.engine_plan or entry.engine_plan.get("plan")
-    return run.model_copy(update={"run": run.run.model_copy(update={"engine_plan": plan})})
 def _same_base(base: str | None, entry: RunEntry) -> None:
     """Refuses to go on with an adapter on another base model."""
     if base != (was := entry.versions.get("base_model")):
@@ -189,6 +186,13 @@ def _same_base(base: str | None, entry: RunEntry) -> None:
         )
 
 
+def _as_it_computed(run: RunFile, entry: RunEntry) -> RunFile:
+    """The run with the engine plan, and this process with the threads, that it had: same bits."""
+    threads = entry.versions.get("threads")
+    if isinstance(threads, int) and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    plan = run.run.engine_plan or entry.engine_plan.get("plan")
+    return run.model_copy(update={"run": run.run.model_copy(update={"engine_plan": plan})})
 
 
 def _same_versions(stored: Mapping[str, Any], announce: Callable[[str], None]) -> None:
