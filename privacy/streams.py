@@ -53,7 +53,27 @@ def seeded_stream(seed: int, purpose: str, *coordinates: int | str) -> Stream:
     Draws from one stream follow each other; streams of other coordinates are independent.
     """
     text = "\x1f".join(["umbel noise", str(seed), purpose, *map(str, coordinates)])
-    key = hashlib.blake2b(text.encode(), digest_size=32).digest()
+    return Stream("seeded", _words(hashlib.blake2b(text.encode(), digest_size=32).digest()))
+
+
+def keyed_stream(secret: bytes, generator: Generator, *coordinates: int | str) -> Stream:
+    """Words that whoever holds ``secret`` can draw again, and nobody else can tell from random.
+
+    For noise that a later round has to take back (:mod:`umbel.privacy.correlated_noise`). The
+    secret is as sensitive as the data: it is kept where the ledger is, and never sent.
+
+    Args:
+        secret: 32 bytes, of ``os.urandom`` outside simulations.
+        generator: where the secret comes from.
+        coordinates: streams of distinct ones are independent; each begins at its first word.
+    """
+    text = "\x1f".join(["umbel correlated noise", *map(str, coordinates)])
+    key = hashlib.blake2b(text.encode(), digest_size=32, key=secret).digest()
+    return Stream(generator, _words(key))
+
+
+def _words(key: bytes) -> Callable[[int], U64]:
+    """Draws follow each other."""
     used = 0
 
     def words(n: int) -> U64:
@@ -62,7 +82,7 @@ def seeded_stream(seed: int, purpose: str, *coordinates: int | str) -> Stream:
         used += (n + 1) // 2
         return found
 
-    return Stream("seeded", words)
+    return words
 
 
 def _aes(key: bytes, block: int, n: int) -> U64:
