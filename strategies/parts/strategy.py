@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from umbel.core.trees import Model, Tree, flatten
+from umbel.strategies.parts.asynchronous import Asynchronous
 from umbel.strategies.parts.combine import Combined, Combiner
+from umbel.strategies.parts.root import Root
 from umbel.strategies.parts.rule import ClientRule, Trees
 
 ServerState: TypeAlias = Mapping[str, Any]
@@ -27,6 +29,11 @@ class Strategy(NamedTuple):
         broadcast: (parameters, state) -> what clients are sent besides the model.
         uploads: parameters -> trees of the names, shapes and dtypes of what a client sends besides
             its delta.
+        buffers: (model before the step, combined) -> buffers that move otherwise than by their mean
+            delta.
+        figures: (parameters before the step, combined) -> name -> number, for the round's record.
+        root: what the server itself trains, each round, on examples of its own; ``None``: nothing.
+        asynchronous: when the server steps; ``None``: when a whole cohort has answered.
     """
 
     init: Callable[[Tree], ServerState]
@@ -35,6 +42,11 @@ class Strategy(NamedTuple):
     server: Callable[[Tree, ServerState, Combined], tuple[Tree, ServerState]]
     broadcast: Callable[[Tree, ServerState], Trees] | None = None
     uploads: Callable[[Tree], Trees] | None = None
+    root: Root | None = None
+    asynchronous: Asynchronous | None = None
+
+    buffers: Callable[[Model, Combined], Tree] | None = None
+    figures: Callable[[Tree, Combined], Mapping[str, float]] | None = None
 
     def travelling(self, model: Model) -> Model:
         """The tensors of ``model`` that travel."""
