@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from umbel.core.errors import InputError, UmbelError
 from umbel.core.trees import Tree
 from umbel.simulations import plan_cache, trial
@@ -96,7 +98,8 @@ def _compare(
         return Choice(lean, "trial", {}, refused), made["lean"]
 
     def measure(plan: EnginePlan, clients: int, best: float) -> float:
-        return _seconds(made[plan.kernel], anchor, sample(clients, STEPS), lr, best)
+        kernel, work = made[plan.kernel], sample(clients, STEPS)
+        return _seconds(kernel, anchor, _evened(work) if kernel.even else work, lr, best)
 
     others = [name for name in made if name != "lean"]
     try:
@@ -128,6 +131,13 @@ def _climb(
         if found[plan] > GAIN * best or clients == most or found[plan] * clients > SECONDS:
             return found
         clients, best = min(2 * clients, most), found[plan]
+
+
+def _evened(work: Chunk) -> Chunk:
+    """The same, as if padding were examples: the largest clients may differ in size."""
+    widths = torch.tensor(work.widths, device=work.counts.device)[:, None]
+    counts = torch.where(work.counts > 0, widths, 0)
+    return work._replace(counts=counts, full=[True] * len(work.full))
 
 
 def _seconds(kernel: Kernel, anchor: Tree, work: Chunk, lr: float, best: float) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from umbel.simulations.kernels.build import KERNELS
 from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Kernel, Obstacle, Subject
 from umbel.simulations.kernels.lean import Lean
-from umbel.simulations.kernels.stepping import Gradients
+from umbel.simulations.kernels.traced import Grouped, Stacked
 from umbel.simulations.residents import reason
 from umbel.strategies.parts import Local
 from umbel.tasks.evaluate import per_example
@@ -51,6 +53,7 @@ class Examination(NamedTuple):
         batch: name -> (B, …), the examples, in this precision.
         given: the examples as they are.
         gradients: of the batch, and of all its examples but the last.
+        changed: the buffers that training changes, after a step on the batch.
         tolerance: how far a kernel's may be from them.
     """
 
@@ -61,6 +64,7 @@ class Examination(NamedTuple):
     batch: Batch
     given: Batch
     gradients: tuple[Tree, Tree]
+    changed: Tree
     tolerance: float
 
 
@@ -99,18 +103,19 @@ def _examine(
         obstacle = "float16 needs a scale of the loss for each client"
     elif size > 1 and not runtime.task.decomposable:
         obstacle = "the loss of a batch is not a mean over its examples"
-    elif changed is not None:
-        obstacle = f"its buffer '{changed}' changes in training"
-    second = plain if obstacle else _plain(runtime, module, head)[0]
+    second = plain if obstacle or changed else _plain(runtime, module, head)[0]
     pair = (plain, second)
-    return Examination(obstacle, draws, saved // size, module, batch, batch, pair, tolerance)
+    return Examination(
+        obstacle, draws, saved // size, module, batch, batch, pair, changed, tolerance
+    )
 
 
 def make(name: str, subject: Subject, examination: Examination) -> Kernel:
     """The kernel of this name, if it computes the right gradients.
 
     Two pretended clients get the batch: one as it is, the other with its last example as padding.
-    So an example that reaches others through the model (batch statistics) shows as a difference.
+    So an example that reaches others through the model shows as a difference. A kernel that knows
+    of batch statistics is given no padding, then or ever; its running statistics are compared.
 
     Raises:
         Obstacle: it cannot train this model.
@@ -119,16 +124,26 @@ def make(name: str, subject: Subject, examination: Examination) -> Kernel:
         return Lean(subject)
     if examination.obstacle is not None:
         raise Obstacle(examination.obstacle)
-    module, batch = examination.module, examination.batch
+    module, batch, truths = examination.module, examination.batch, examination.gradients
     try:
-        found = _pair(subject._replace(module=module), name, batch)
+        kernel = KERNELS[name](subject._replace(module=module))
+        kept = kernel.statistics(2) if isinstance(kernel, Grouped | Stacked) else {}
+        if unknown := sorted(examination.changed.keys() - kept.keys()):
+            raise Obstacle(f"its buffer '{unknown[0]}' changes in training")
+        found = _pair(kernel, subject._replace(module=module), batch, kept)
         if batch is not examination.given:  # in its own precision torch may go another way
-            _pair(subject, name, examination.given)
+            _pair(KERNELS[name](subject), subject, examination.given, {})
     except (UmbelError, Obstacle):
         raise
     except Exception as error:  # whatever torch.func does not like about the model
         raise Obstacle(reason(error)) from error
-    for row, (gradient, truth) in enumerate(zip(found, examination.gradients, strict=True)):
+    if kernel.even:
+        found, truths = found * 2, (truths[0], truths[0])
+    for buffer, after in examination.changed.items():
+        wide = kept[buffer].double(), after.double().expand_as(kept[buffer])
+        if not torch.allclose(*wide, examination.tolerance, 1e-3):
+            raise Obstacle("it computes other running statistics")
+    for row, (gradient, truth) in enumerate(zip(found, truths, strict=True)):
         own = {n: g[row] for n, g in gradient.items()}
         if norm(subtract(own, truth)) > examination.tolerance * (norm(truth) + 1e-3):
             why = ("it computes another gradient", "examples of a batch act on each other")
@@ -136,10 +151,11 @@ def make(name: str, subject: Subject, examination: Examination) -> Kernel:
     return KERNELS[name](subject)
 
 
-def _pair(subject: Subject, name: str, batch: Batch) -> list[Tree]:
-    """The gradients of the two clients, without and with a mask."""
+def _pair(kernel: Kernel, subject: Subject, batch: Batch, kept: Tree) -> list[Tree]:
+    """The gradients of the two clients, without and with a mask; none with, of an even kernel."""
     runtime = subject.runtime
-    gradients: Gradients = KERNELS[name](subject).gradients  # type: ignore[attr-defined]
+    compute: Callable[..., Any] = kernel.gradients  # type: ignore[attr-defined]
+    gradients = partial(compute, kept=kept) if kept else compute
     size = len(next(iter(batch.values())))
     pair = {name: torch.stack([column, column]) for name, column in batch.items()}
     params = {n: p.detach() for n, p in subject.module.named_parameters() if p.requires_grad}
@@ -151,7 +167,7 @@ def _pair(subject: Subject, name: str, batch: Batch) -> list[Tree]:
         warnings.catch_warnings(record=True) as warned,
     ):
         warnings.simplefilter("always")
-        for own in (None, counts):
+        for own in (None,) if kernel.even else (None, counts):
             draws = Draws([DRAWS, DRAWS], runtime.device) if subject.draws else None
             found.append(gradients(stacks, params, pair, own, draws)[0])
     # Torch then runs that operation client by client, which is no faster than the plain loop.
@@ -161,10 +177,8 @@ def _pair(subject: Subject, name: str, batch: Batch) -> list[Tree]:
     return found
 
 
-def _plain(
-    runtime: ClientRuntime, module: nn.Module, batch: Batch
-) -> tuple[Tree, int, str | None, bool]:
-    """The gradient of a batch, the bytes it kept, a buffer that changed, whether it drew."""
+def _plain(runtime: ClientRuntime, module: nn.Module, batch: Batch) -> tuple[Tree, int, Tree, bool]:
+    """The gradient of a batch, the bytes it kept, buffers that changed, whether it drew."""
     module = copy.deepcopy(module).train()
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     anchor = {name: p.detach().clone() for name, p in params.items()}
@@ -188,8 +202,8 @@ def _plain(
     found = torch.autograd.grad(objective, list(params.values()), materialize_grads=True)
     detached = {name: p.detach() for name, p in params.items()}
     gradient = runtime.rule.gradient(dict(zip(params, found, strict=True)), Local(detached, anchor))
-    changed = [n for n, b in module.named_buffers() if not torch.equal(b, buffers[n])]
-    return gradient, sum(kept.values()), changed[0] if changed else None, drew
+    changed = {n: b for n, b in module.named_buffers() if not torch.equal(b, buffers[n])}
+    return gradient, sum(kept.values()), changed, drew
 
 
 def _generator_state(device: torch.device) -> Tensor:

@@ -228,6 +228,7 @@ class Vectorised:
             found.footprint,
             self._memory,
             min((n for n in bounds if n is not None), default=None),
+            found.kernel is not None and found.kernel.even,
         )
         return groups([places[chunk] for chunk in dealt], [float(sizes[c].sum()) for c in dealt])
 

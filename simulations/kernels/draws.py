@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Draw: TypeAlias = Callable[[Tensor, float], Tensor]
-"""(activations (n, B, …), probability) -> which of them are kept, bool of the same shape."""
+
+class Draw(Protocol):
+    """(activations (n, B, …), probability) -> which of them are kept, bool of the same shape."""
+
+    def __call__(self, rows: Tensor, probability: float, examples: int = 1) -> Tensor:
+        """The masks; the axis of examples is where a client alone has them in memory."""
 
 
 class Draws:
@@ -30,10 +34,12 @@ class Draws:
         """The draws for one batch, of whose examples the first ``counts`` (n,) are a client's."""
         own = None if counts is None else counts.tolist()
 
-        def draw(rows: Tensor, probability: float) -> Tensor:
+        def draw(rows: Tensor, probability: float, examples: int = 1) -> Tensor:
             kept = torch.ones(rows.shape, dtype=torch.bool, device=rows.device)
             for client, generator in enumerate(self._generators[: len(kept)]):
-                mask = kept[client] if own is None else kept[client, : own[client]]
+                mask = kept[client]
+                if own is not None:
+                    mask = mask.narrow(examples - 1, 0, own[client])
                 mask.bernoulli_(probability, generator=generator)
             return kept
 

@@ -105,5 +105,9 @@ class Trained(NamedTuple):
 class Kernel(Protocol):
     """Trains chunks. The result for a client depends on its chunk within float tolerance only."""
 
+    @property
+    def even(self) -> bool:
+        """Whether it takes only chunks whose batches are all of one size in each step."""
+
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""

@@ -1,4 +1,4 @@
-"""The layers that the traced kernels know, each for many clients at once.
+"""The plain layers that the traced kernels know, each for many clients at once.
 
 A value is in one of two forms. *Rows*, (clients, B, …): what a batched product takes. *Images*,
 (B, clients * channels, H, W), channels-last: what a convolution takes whose groups are the clients,
@@ -48,80 +48,83 @@ class Value(NamedTuple):
         return self._replace(tensor=tensor)
 
 
-Stack: TypeAlias = Callable[[Tree, int], Tensor]
-"""(parameters of the clients, how many) -> one of them, (clients, *shape)."""
+class Scope(NamedTuple):
+    """What a layer reads besides its inputs.
+
+    Args:
+        params: of the clients, and the buffers that training changes: name -> (clients, *shape).
+        clients: how many.
+        draw: the masks of this batch, where the model draws.
+        keeps: whether ``params`` has the running statistics, for their layers to bring forward.
+    """
+
+    params: Tree
+    clients: int
+    draw: Draw | None
+    keeps: bool = False
+
+
+Stack: TypeAlias = Callable[[Scope], Tensor]
+"""One parameter of the clients, (clients, *shape)."""
 
 Finder: TypeAlias = Callable[[Tensor | None], Stack | None]
 """Finds the stack of a parameter of the module; ``None`` where the layer has none."""
 
-Layer: TypeAlias = Callable[..., Value]
-"""(parameters of the clients, values …) -> value."""
+Layer: TypeAlias = Callable[..., Any]
+"""(scope, values …) -> value, or a tuple of values."""
+
+Maker: TypeAlias = Callable[[Any, Finder], Layer]
+"""(module, finder) -> its layer."""
+
+
+def rows(tensor: Tensor) -> Value:
+    """A value (clients, B, …)."""
+    return Value(tensor, len(tensor), False)
+
+
+def must(stack: Stack | None) -> Stack:
+    """A stack that a layer cannot be without."""
+    assert stack is not None
+    return stack
 
 
 def elementwise(function: Callable[[Tensor], Tensor]) -> Layer:
     """The same function of every number."""
-    return lambda params, x: x.like(function(x.tensor))
+    return lambda scope, x: x.like(function(x.tensor))
 
 
 def pooling(function: Callable[[Tensor], Tensor]) -> Layer:
     """A function of each channel."""
 
-    def layer(params: Tree, x: Value) -> Value:
+    def layer(scope: Scope, x: Value) -> Value:
         return Value(function(x.as_images()), x.clients, True)
 
     return layer
 
 
-def pooling_by(function: Callable[..., Tensor], args: list[Any], options: dict[str, Any]) -> Layer:
-    """A pooling of torch.nn.functional, with its further arguments."""
-    return pooling(lambda images: function(images, *args, **options))
-
-
-def identity(params: Tree, x: Value) -> Value:
+def identity(scope: Scope, x: Value) -> Value:
     """Nothing."""
     return x
 
 
-def flatten(params: Tree, x: Value) -> Value:
-    """(B, …) -> (B, features), for each client."""
-    return Value(x.as_rows().flatten(2), x.clients, False)
-
-
-def flatten_to(features: int) -> Layer:
-    """(B, …) -> (B, features) by ``view(-1, features)``, where that keeps examples apart."""
-
-    def layer(params: Tree, x: Value) -> Value:
-        flat = flatten(params, x)
-        if flat.tensor.shape[-1] != features:
-            raise Obstacle(f"a view of {features} columns cuts examples of {flat.tensor.shape[-1]}")
-        return flat
-
-    return layer
-
-
-def mean_over_pixels(params: Tree, x: Value) -> Value:
-    """(B, channels, H, W) -> (B, channels), for each client."""
-    pooled = x.as_images().mean((2, 3))
-    return Value(pooled.view(len(pooled), x.clients, -1).transpose(0, 1), x.clients, False)
-
-
-def add(params: Tree, left: Value, right: Value) -> Value:
-    """The sum of two activations."""
-    if left.images != right.images:
-        left, right = (Value(v.as_images(), v.clients, True) for v in (left, right))
-    return left.like(left.tensor + right.tensor)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` of each client: (n, …, in), (n, out, in), (n, out) -> (n, …, out)."""
+    flat = x.reshape(len(x), -1, x.shape[-1])
+    turned = weight.transpose(1, 2)
+    out = torch.bmm(flat, turned) if bias is None else torch.baddbmm(bias[:, None], flat, turned)
+    return out.view(*x.shape[:-1], -1)
 
 
 def _conv2d(module: nn.Conv2d, find: Finder) -> Layer:
     if module.padding_mode != "zeros":
         raise Obstacle(f"padding_mode = '{module.padding_mode}' of a convolution")
-    weight, bias = _must(find(module.weight)), find(module.bias)
+    weight, bias = must(find(module.weight)), find(module.bias)
 
-    def layer(params: Tree, x: Value) -> Value:
+    def layer(scope: Scope, x: Value) -> Value:
         out = F.conv2d(
             x.as_images(),
-            weight(params, x.clients).flatten(0, 1),
-            None if bias is None else bias(params, x.clients).flatten(),
+            weight(scope).flatten(0, 1),
+            None if bias is None else bias(scope).flatten(),
             module.stride,
             module.padding,
             module.dilation,
@@ -133,44 +136,10 @@ def _conv2d(module: nn.Conv2d, find: Finder) -> Layer:
 
 
 def _linear(module: nn.Linear, find: Finder) -> Layer:
-    weight, bias = _must(find(module.weight)), find(module.bias)
+    weight, bias = must(find(module.weight)), find(module.bias)
 
-    def layer(params: Tree, x: Value) -> Value:
-        rows = x.as_rows()
-        flat = rows.reshape(x.clients, -1, rows.shape[-1])
-        turned = weight(params, x.clients).transpose(1, 2)
-        if bias is None:
-            out = torch.bmm(flat, turned)
-        else:
-            out = torch.baddbmm(bias(params, x.clients)[:, None], flat, turned)
-        return Value(out.view(*rows.shape[:-1], -1), x.clients, False)
-
-    return layer
-
-
-def _group_norm(module: nn.GroupNorm, find: Finder) -> Layer:
-    weight, bias = find(module.weight), find(module.bias)
-
-    def layer(params: Tree, x: Value) -> Value:
-        scale, shift = (s and s(params, x.clients).flatten() for s in (weight, bias))
-        groups = module.num_groups * x.clients
-        return Value(F.group_norm(x.as_images(), groups, scale, shift, module.eps), x.clients, True)
-
-    return layer
-
-
-def _layer_norm(module: nn.LayerNorm, find: Finder) -> Layer:
-    weight, bias = find(module.weight), find(module.bias)
-
-    def layer(params: Tree, x: Value) -> Value:
-        rows = x.as_rows()
-        out = F.layer_norm(rows, module.normalized_shape, None, None, module.eps)
-        between = [1] * (rows.dim() - 1 - len(module.normalized_shape))
-        for stack, combine in ((weight, torch.mul), (bias, torch.add)):
-            if stack is not None:
-                own = stack(params, x.clients)
-                out = combine(out, own.view(x.clients, *between, *module.normalized_shape))
-        return Value(out, x.clients, False)
+    def layer(scope: Scope, x: Value) -> Value:
+        return rows(product(x.as_rows(), weight(scope), None if bias is None else bias(scope)))
 
     return layer
 
@@ -179,17 +148,17 @@ def _embedding(module: nn.Embedding, find: Finder) -> Layer:
     options = (module.max_norm, module.padding_idx, module.scale_grad_by_freq, module.sparse)
     if options != (None, None, False, False):
         raise Obstacle("an option of an embedding")
-    weight = _must(find(module.weight))
+    weight = must(find(module.weight))
 
-    def layer(params: Tree, x: Value) -> Value:
-        rows = x.as_rows()
+    def layer(scope: Scope, x: Value | Tensor) -> Value:
+        symbols = x.expand(scope.clients, *x.shape) if isinstance(x, Tensor) else x.as_rows()
         # One table of all clients; a symbol that the client's own lacks must not find a neighbour.
-        if int(rows.min()) < 0 or int(rows.max()) >= module.num_embeddings:
+        if int(symbols.min()) < 0 or int(symbols.max()) >= module.num_embeddings:
             raise IndexError("index out of range in self")
-        first = torch.arange(x.clients, device=rows.device) * module.num_embeddings
-        table = weight(params, x.clients).flatten(0, 1)
-        at = rows + first.view(-1, *[1] * (rows.dim() - 1))
-        return Value(F.embedding(at, table), x.clients, False)
+        first = torch.arange(scope.clients, device=symbols.device) * module.num_embeddings
+        table = weight(scope).flatten(0, 1)
+        at = symbols + first.view(-1, *[1] * (symbols.dim() - 1))
+        return rows(F.embedding(at, table))
 
     return layer
 
@@ -197,7 +166,7 @@ def _embedding(module: nn.Embedding, find: Finder) -> Layer:
 def _flatten(module: nn.Flatten, find: Finder) -> Layer:
     if (module.start_dim, module.end_dim) != (1, -1):
         raise Obstacle("a Flatten of some dimensions")
-    return flatten
+    return lambda scope, x: rows(x.as_rows().flatten(2))
 
 
 def _max_pool(module: nn.MaxPool2d, find: Finder) -> Layer:
@@ -214,18 +183,21 @@ def _identity(module: nn.Module, find: Finder) -> Layer:
     return identity
 
 
+def dropped(x: Tensor, probability: float, draw: Draw | None, examples: int = 1) -> Tensor:
+    """Dropout of rows, by each client's own draws; ``examples`` is their axis."""
+    if not probability:
+        return x
+    assert draw is not None
+    return x * draw(x, 1 - probability, examples) * (1 / (1 - probability))
+
+
 def dropout(probability: float) -> Layer:
-    """Dropout; takes what draws the masks as well."""
+    """Dropout with this probability."""
     if probability == 1:
         raise Obstacle("a dropout of everything")
 
-    def layer(params: Tree, x: Value, draw: Draw | None) -> Value:
-        if not probability:
-            return x
-        assert draw is not None
-        rows = x.as_rows()
-        kept = draw(rows, 1 - probability)
-        return Value(rows * kept * (1 / (1 - probability)), x.clients, False)
+    def layer(scope: Scope, x: Value) -> Value:
+        return rows(dropped(x.as_rows(), probability, scope.draw)) if probability else x
 
     return layer
 
@@ -234,7 +206,7 @@ def _dropout(module: nn.Dropout, find: Finder) -> Layer:
     return dropout(module.p)
 
 
-def _activation(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Finder], Layer]:
+def _activation(function: Callable[[Tensor], Tensor]) -> Maker:
     return lambda module, find: elementwise(function)
 
 
@@ -242,16 +214,9 @@ def _itself(module: nn.Module, find: Finder) -> Layer:
     return elementwise(module)
 
 
-def _must(stack: Stack | None) -> Stack:
-    assert stack is not None
-    return stack
-
-
-MODULES: dict[type[nn.Module], Callable[[Any, Finder], Layer]] = {
+PLAIN: dict[type[nn.Module], Maker] = {
     nn.Conv2d: _conv2d,
     nn.Linear: _linear,
-    nn.GroupNorm: _group_norm,
-    nn.LayerNorm: _layer_norm,
     nn.Embedding: _embedding,
     nn.Flatten: _flatten,
     nn.MaxPool2d: _max_pool,
@@ -269,25 +234,3 @@ MODULES: dict[type[nn.Module], Callable[[Any, Finder], Layer]] = {
     nn.Softplus: _itself,
 }
 """Exactly these types: a subclass may compute something else."""
-
-FUNCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
-    F.relu: torch.relu,
-    torch.relu: torch.relu,
-    "relu": torch.relu,
-    F.tanh: torch.tanh,
-    torch.tanh: torch.tanh,
-    "tanh": torch.tanh,
-    F.sigmoid: torch.sigmoid,
-    torch.sigmoid: torch.sigmoid,
-    "sigmoid": torch.sigmoid,
-    F.silu: F.silu,
-    F.gelu: F.gelu,
-}
-"""Functions and methods of one tensor and no option."""
-
-POOLINGS: dict[Any, Callable[..., Tensor]] = {
-    F.max_pool2d: F.max_pool2d,
-    F.avg_pool2d: F.avg_pool2d,
-    F.adaptive_avg_pool2d: F.adaptive_avg_pool2d,
-    torch.max_pool2d: torch.max_pool2d,
-}

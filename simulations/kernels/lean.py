@@ -25,6 +25,8 @@ class Lean:
     seed drops other units.
     """
 
+    even = False
+
     def __init__(self, subject: Subject) -> None:
         if subject.runtime.run.client.precision == "float16":
             raise Obstacle("float16 needs a scale of the loss for each client")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +12,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from umbel.core.trees import Tree
-from umbel.simulations.kernels import layers
+from umbel.simulations.kernels import adapters, layers
+from umbel.simulations.kernels.attention import ATTENTION
 from umbel.simulations.kernels.draws import Draw
+from umbel.simulations.kernels.functions import FUNCTIONS
 from umbel.simulations.kernels.kernel import Obstacle
-from umbel.simulations.kernels.layers import Layer, Value
+from umbel.simulations.kernels.layers import Layer, Scope, Value
+from umbel.simulations.kernels.norms import BATCH_NORMS, NORMS, statistics
+from umbel.simulations.kernels.recurrent import RECURRENT
 from umbel.simulations.residents import reason
+
+MODULES = layers.PLAIN | NORMS | ATTENTION | RECURRENT
 
 
 class Step(NamedTuple):
@@ -35,23 +42,45 @@ class Step(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The forward pass of a model, for many clients at once."""
+    """The forward pass of a model, for many clients at once.
+
+    Args:
+        steps: in order.
+        result: the place of the result.
+        buffers: names of those that training changes.
+    """
 
     steps: list[Step]
     result: int
+    buffers: tuple[str, ...]
 
     def __call__(self, params: Tree, clients: int, inputs: Tensor, draw: Draw | None) -> Tensor:
-        """(clients, B, …) -> (clients, B, …), for the parameters (clients, *shape)."""
-        values = {0: Value(inputs, clients, False)}
+        """(clients, B, …) -> (clients, B, …), for the parameters (clients, *shape).
+
+        Where ``params`` has the ``buffers`` as well, they are brought forward in place.
+        """
+        keeps = bool(self.buffers) and self.buffers[0] in params
+        scope = Scope(params, clients, draw, keeps)
+        values: dict[int, Any] = {0: Value(inputs, clients, False)}
         for step in self.steps:
-            reads = [values[at] for at in step.reads]
-            extra = (draw,) if step.kind is nn.Dropout else ()
-            values[step.place] = step.layer(params, *reads, *extra)
-        return values[self.result].as_rows()
+            values[step.place] = step.layer(scope, *[values[at] for at in step.reads])
+        result = values[self.result]
+        if not isinstance(result, Value):
+            raise Obstacle("it returns more than one tensor")
+        return result.as_rows()
 
     def has(self, *kinds: Any) -> bool:
         """Whether a step is of one of these kinds."""
         return any(step.kind in kinds for step in self.steps)
+
+    def even(self) -> bool:
+        """Whether the examples of a batch act on each other, so that none may be padding."""
+        return self.has(*BATCH_NORMS)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return adapters.is_lora(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(module: nn.Module) -> Program:
@@ -60,10 +89,11 @@ def trace(module: nn.Module) -> Program:
     Raises:
         Obstacle: its forward pass depends on values, or has a part that is not known.
     """
+    root = adapters.without_wrapper(module)
     # The tracer looks into the root: a model that is one known layer needs a root around it.
-    root = nn.Sequential(module) if type(module) in layers.MODULES else module
+    root = nn.Sequential(root) if type(root) in MODULES else root
     try:
-        graph = fx.Tracer().trace(root)
+        graph = _Tracer().trace(root)
     except Exception as error:  # whatever a user's forward does with a proxy
         raise Obstacle(f"its forward pass cannot be traced ({reason(error)})") from error
     places: dict[fx.Node, int] = {}
@@ -77,94 +107,78 @@ def trace(module: nn.Module) -> Program:
         elif node.op == "output":
             if not isinstance(node.args[0], fx.Node):
                 raise Obstacle("it returns more than one tensor")
-            return Program(_exchanged(steps, places[node.args[0]]), places[node.args[0]])
-        elif not _is_shape(node):
-            kind, layer, inputs = _step(node, root, finder)
-            if any(map(_is_shape, inputs)):
-                raise Obstacle("it computes with its shapes")
+            result = places[node.args[0]]
+            return Program(_exchanged(steps, result), result, tuple(statistics(module)))
+        else:
+            kind, layer = _step(node, root, finder)
+            reads = tuple(places[i] for i in node.all_input_nodes)
             places[node] = len(places)
-            steps.append(Step(kind, layer, places[node], tuple(places[i] for i in inputs)))
+            steps.append(Step(kind, layer, places[node], reads))
     raise Obstacle("it returns nothing")
 
 
 def _finder(module: nn.Module) -> layers.Finder:
     names = {id(p): name for name, p in module.named_parameters()}
+    moving = {id(b): name for name, b in statistics(module).items()}
 
-    def find(parameter: Tensor | None) -> layers.Stack | None:
-        if parameter is None:
+    def find(tensor: Tensor | None) -> layers.Stack | None:
+        if tensor is None:
             return None
-        name = names[id(parameter)]
-        if parameter.requires_grad:
-            return lambda params, clients: params[name]
-        frozen = parameter.detach()
-        return lambda params, clients: frozen.expand(clients, *frozen.shape)
+        if tensor.requires_grad or id(tensor) in moving:
+            name = names.get(id(tensor)) or moving[id(tensor)]
+            return lambda scope: scope.params[name]
+        frozen = tensor.detach()
+        return lambda scope: frozen.expand(scope.clients, *frozen.shape)
 
     return find
 
 
-def _step(
-    node: fx.Node, module: nn.Module, find: layers.Finder
-) -> tuple[Any, Layer, list[fx.Node]]:
-    """What a node is, its layer, and the nodes that the layer reads."""
-    args, options = list(node.args), dict(node.kwargs)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
-    if not args or not isinstance(args[0], fx.Node):
-        raise Obstacle(f"it uses '{name}' of its own")
+def _step(node: fx.Node, module: nn.Module, find: layers.Finder) -> tuple[Any, Layer]:
+    """What a node is, and its layer, which is given the node's input nodes in their order."""
+    if node.op == "get_attr":
+        return "get_attr", _attribute(operator.attrgetter(str(node.target))(module), find)
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
-        make = layers.MODULES.get(type(part))
-        if make is None or len(args) != 1 or options:
+        make = adapters.lora if adapters.is_lora(part) else MODULES.get(type(part))
+        if make is None:
             raise Obstacle(f"no kernel knows {type(part).__name__}")
-        return type(part), make(part, find), [args[0]]
-    target = node.target
-    if target in _SUMS and len(args) == 2 and isinstance(args[1], fx.Node) and not options:
-        return operator.add, layers.add, [args[0], args[1]]
-    if target in layers.FUNCTIONS and not (set(options) - {"inplace"}) and len(args) == 1:
-        return target, layers.elementwise(layers.FUNCTIONS[target]), [args[0]]
-    if target in layers.POOLINGS and not any(isinstance(a, fx.Node) for a in node.args[1:]):
-        return target, layers.pooling_by(layers.POOLINGS[target], args[1:], options), [args[0]]
-    if target is F.dropout and len(args) == 1 and options.keys() <= {"p", "training", "inplace"}:
-        share: Any = options.get("p", 0.5) if options.get("training", True) else 0.0
-        return nn.Dropout, layers.dropout(share), [args[0]]
-    start = (*args[1:], *options.items())
-    if target in ("flatten", torch.flatten) and start in ((1,), (1, -1), (("start_dim", 1),)):
-        return nn.Flatten, layers.flatten, [args[0]]
-    if target in ("view", "reshape") and len(args) == 3 and not options:
-        if args[2] == -1 and _is_batch_size(args[1]):
-            return nn.Flatten, layers.flatten, [args[0]]
-        if args[1] == -1 and isinstance(args[2], int):
-            return nn.Flatten, layers.flatten_to(args[2]), [args[0]]
-    if target in ("mean", torch.mean):
-        over = args[1] if len(args) == 2 and not options else options.get("dim")
-        if over is not None and len(args) + len(options) == 2 and _sorted(over) in _PIXELS:
-            return "mean", layers.mean_over_pixels, [args[0]]
-    raise Obstacle(f"no kernel knows '{name}'")
+        return type(part), _filled(node, make(part, find))
+    function = FUNCTIONS.get(node.target)
+    if function is None:
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        raise Obstacle(f"no kernel knows '{name}'")
+    return node.target, _filled(node, function)
 
 
-_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_PIXELS = ([2, 3], [-2, -1])
+def _filled(node: fx.Node, function: Callable[..., Any]) -> Layer:
+    """A layer that puts its inputs where the call had them."""
+    args, options, nodes = node.args, node.kwargs, node.all_input_nodes
+    if args == tuple(nodes) and not options:
+        return function
+
+    def layer(scope: Scope, *inputs: Any) -> Any:
+        given = dict(zip(nodes, inputs, strict=True))
+        return function(
+            scope,
+            *fx.node.map_arg(args, given.__getitem__),
+            **fx.node.map_arg(options, given.__getitem__),
+        )
+
+    return layer
+
+
+def _attribute(tensor: Tensor, find: layers.Finder) -> Layer:
+    """A parameter of each client, or a tensor that is the same for all."""
+    if not tensor.requires_grad:
+        shared = tensor.detach()
+        return lambda scope: shared
+    stack = layers.must(find(tensor))
+    return lambda scope: layers.rows(stack(scope))
+
+
 _RELU = {nn.ReLU, F.relu, torch.relu, "relu"}
 _MAX_POOL = {nn.MaxPool2d, F.max_pool2d, torch.max_pool2d}
 _KEEPS_NO_OUTPUT = {nn.Conv2d, nn.Linear, nn.GroupNorm, operator.add, *_MAX_POOL}
-
-
-def _sorted(over: Any) -> list[int]:
-    return sorted(over) if isinstance(over, (tuple, list)) else [over]
-
-
-def _is_shape(node: fx.Node) -> bool:
-    """Whether a node is about a shape, and not a value; who uses it otherwise is refused."""
-    if node.op == "call_method" and node.target == "size":
-        return True
-    if node.op == "call_function" and node.target is getattr and node.args[1] == "shape":
-        return True
-    of = node.args[0] if node.args else None
-    return node.target is operator.getitem and isinstance(of, fx.Node) and _is_shape(of)
-
-
-def _is_batch_size(node: Any) -> bool:
-    """``x.size(0)``, ``x.size()[0]`` or ``x.shape[0]``."""
-    return isinstance(node, fx.Node) and _is_shape(node) and tuple(node.args[1:]) == (0,)
 
 
 def _exchanged(steps: list[Step], result: int) -> list[Step]:
@@ -184,7 +198,7 @@ def _exchanged(steps: list[Step], result: int) -> list[Step]:
             found[i + 1] = pool._replace(kind=relu.kind, layer=relu.layer)
     kinds = {step.place: step.kind for step in found}
     for i, step in enumerate(found):
-        alone = readers[step.reads[0]] == 1 and kinds.get(step.reads[0]) in _KEEPS_NO_OUTPUT
-        if alone and step.kind in _RELU:
+        alone = step.kind in _RELU and readers[step.reads[0]] == 1
+        if alone and kinds.get(step.reads[0]) in _KEEPS_NO_OUTPUT:
             found[i] = step._replace(layer=layers.elementwise(torch.relu_))
     return found

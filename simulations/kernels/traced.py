@@ -7,7 +7,10 @@ a small CNN: not worth a second rule for each layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from umbel.core.trees import Tree
 from umbel.simulations.kernels import stepping
 from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
+from umbel.simulations.kernels.norms import stacked, statistics
 from umbel.simulations.kernels.trace import Program, trace
 from umbel.strategies.parts import ClientRule, Local
 from umbel.tasks.evaluate import add_sums, per_example
@@ -31,14 +35,22 @@ class Grouped:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        program = _program(subject)
-        if not program.has(nn.Conv2d):
+        self._program = _program(subject)
+        if not self._program.has(nn.Conv2d):
             raise Obstacle("it has no convolution")
-        self.gradients = gradients(subject.runtime.task, subject.runtime.rule, program)
+        self.even = self._program.even()
+        self.gradients = gradients(subject.runtime.task, subject.runtime.rule, self._program)
 
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
-        return stepping.train(self._subject, self.gradients, anchor, chunk, lr, _channels_last)
+        kept = self.statistics(chunk.clients())
+        compute = partial(self.gradients, kept=kept)
+        trained = stepping.train(self._subject, compute, anchor, chunk, lr, _channels_last)
+        return trained._replace(tensors={**trained.tensors, **kept})
+
+    def statistics(self, clients: int) -> dict[str, Tensor]:
+        """The global model's running statistics, for each client to bring forward."""
+        return stacked(statistics(self._subject.module), clients)
 
 
 class Stacked:
@@ -46,39 +58,64 @@ class Stacked:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        program = _program(subject)
-        if program.has(nn.Conv2d):
+        self._program = _program(subject)
+        if self._program.has(nn.Conv2d):
             raise Obstacle("it has a convolution")
-        self.gradients = gradients(subject.runtime.task, subject.runtime.rule, program)
+        self.even = self._program.even()
+        self.gradients = gradients(subject.runtime.task, subject.runtime.rule, self._program)
 
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
-        return stepping.train(self._subject, self.gradients, anchor, chunk, lr)
+        kept = self.statistics(chunk.clients())
+        compute = partial(self.gradients, kept=kept)
+        trained = stepping.train(self._subject, compute, anchor, chunk, lr)
+        return trained._replace(tensors={**trained.tensors, **kept})
+
+    def statistics(self, clients: int) -> dict[str, Tensor]:
+        """The global model's running statistics, for each client to bring forward."""
+        return stacked(statistics(self._subject.module), clients)
 
 
 def _program(subject: Subject) -> Program:
     if subject.draws and subject.runtime.run.client.accumulation > 1:
         raise Obstacle("its draws depend on the micro-batches")
-    return trace(subject.module)
+    program = trace(subject.module)
+    if program.even() and subject.runtime.run.client.accumulation > 1:
+        raise Obstacle("its batch statistics depend on the micro-batches")
+    return program
 
 
-def gradients(task: Task, rule: ClientRule, program: Program) -> stepping.Gradients:
+NONE: Tree = MappingProxyType({})
+
+
+def gradients(task: Task, rule: ClientRule, program: Program) -> Callable[..., Any]:
     """The gradients of a batch of each of n clients, and the sums of its figures.
 
     The losses are the task's own, of all examples of all clients at once: each depends on its
-    example alone, and through the program on the parameters of its client alone.
+    example alone, and through the program on the parameters of its client alone. ``kept`` are the
+    running statistics of all clients, brought forward in place.
     """
 
+    even = program.even()
+
     def compute(
-        params: Tree, anchor: Tree, batch: Batch, counts: Tensor | None, draws: Draws | None
+        params: Tree,
+        anchor: Tree,
+        batch: Batch,
+        counts: Tensor | None,
+        draws: Draws | None,
+        kept: Tree = NONE,
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         clients, size = next(iter(batch.values())).shape[:2]
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         draw = None if draws is None else draws.of_batch(counts)
+        if counts is not None and even:
+            raise Obstacle("examples of a batch act on each other, and batches differ in size")
+        read = {**leaves, **{name: stack[:clients] for name, stack in kept.items()}}
 
         def forward(inputs: Tensor) -> Tensor:
             apart = inputs.view(clients, size, *inputs.shape[1:])
-            return program(leaves, clients, apart, draw).flatten(0, 1)
+            return program(read, clients, apart, draw).flatten(0, 1)
 
         losses, figures = per_example(
             task, forward, {name: column.flatten(0, 1) for name, column in batch.items()}

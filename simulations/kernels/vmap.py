@@ -21,6 +21,8 @@ from umbel.tasks.task import Batch, Task
 class Vmap:
     """Trains a chunk as one computation of torch.func."""
 
+    even = False
+
     def __init__(self, subject: Subject) -> None:
         if subject.draws:
             raise Obstacle("it draws random numbers in training")

@@ -285,7 +285,8 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
-        return self.head(self.cells(x.squeeze(1))[0][:, -1])
+        start = torch.zeros(1, len(x), 4)
+        return self.head(self.cells(x.squeeze(1), (start, start))[0][:, -1])
 
 
 class Branching(nn.Module):
@@ -298,17 +299,30 @@ class Branching(nn.Module):
         return out if float(out.detach().sum()) > 0 else 2 * out
 
 
-def batch_norm(**options):
+def instance_norm(**options):
+    """Keeps running statistics, as BatchNorm does."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5, **options), nn.Linear(5, 3)
+        nn.InstanceNorm2d(1, track_running_stats=True, **options), nn.Flatten(), nn.Linear(64, 3)
     )
+
+
+class Centred(nn.Module):
+    """Subtracts the mean over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 3)
+
+    def forward(self, x):
+        out = self.layer(x.flatten(1))
+        return out - out.mean(0, keepdim=True)
 
 
 @pytest.mark.parametrize(
     ("build", "why"),
     [
-        (batch_norm, r"its buffer '2\.\w+' changes in training"),
-        (lambda: batch_norm(track_running_stats=False), "examples of a batch act on each other"),
+        (instance_norm, r"its buffer '0\.\w+' changes in training"),
+        (Centred, "examples of a batch act on each other"),
         (lambda: nn.Sequential(mlp(), nn.AlphaDropout(0.5)), "it draws random numbers in training"),
         (Branching, r"RuntimeError: .*"),
         (Recurrent, r"torch has no batching rule for aten::\w+"),

@@ -306,9 +306,9 @@ def test_the_plan_does_not_depend_on_what_was_trained_before():
             assert torch.equal(second.delta[name], d)
 
 
-class Viewed(nn.Module):
+class Sorted(nn.Module):
     def forward(self, x):
-        return x.view(x.size(0), 4, -1)
+        return x.sort(-1)[0]
 
 
 class Branching(nn.Module):
@@ -324,7 +324,10 @@ class Branching(nn.Module):
         (nn.Embedding(4, 3, padding_idx=0), "an option of an embedding"),
         (nn.Dropout(1.0), "a dropout of everything"),
         (nn.Flatten(2), "a Flatten of some dimensions"),
-        (Viewed(), "no kernel knows 'view'"),
+        (Sorted(), "no kernel knows 'sort'"),
+        (nn.LSTM(3, 4, proj_size=2), "a LSTM with a projection"),
+        (nn.GRU(3, 4, 2, dropout=0.5), "a GRU that drops out between its layers"),
+        (nn.MultiheadAttention(4, 2, add_zero_attn=True), "an option of a MultiheadAttention"),
         (Branching(), "its forward pass cannot be traced"),
         (nn.Bilinear(3, 3, 3), "no kernel knows Bilinear|takes more than one tensor"),
     ],

@@ -34,14 +34,14 @@ def logistic():
     return nn.Linear(6, 3)
 
 
-class Doubled(nn.Linear):
+class Sorted(nn.Linear):
     """Prints as any other linear layer does."""
 
     def _get_name(self):
         return "Linear"
 
     def forward(self, x):
-        return 2 * super().forward(x)
+        return super().forward(x).sort(-1)[0]
 
 
 def losses(model, batch):
@@ -121,7 +121,7 @@ def test_a_pinned_plan_is_taken_whatever_is_remembered():
 
 def test_a_remembered_plan_of_a_model_that_only_looks_the_same_is_not_trusted():
     record_of(lambda: nn.Sequential(nn.Linear(6, 3)))
-    record, _ = record_of(lambda: nn.Sequential(Doubled(6, 3)))
+    record, _ = record_of(lambda: nn.Sequential(Sorted(6, 3)))
     assert record["source"] == "trial"
     assert "stacked" in record["refused"] or "stacked" in record["seconds_per_client"]
 
