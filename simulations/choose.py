@@ -56,6 +56,16 @@ def choose(
         InputError: the pinned plan cannot train this model.
         Obstacle: not even the lean kernel can.
     """
+    if subject.runtime.private is not None:
+        if pinned is not None and pinned.kernel != "lean":
+            raise InputError(
+                f"the plan '{pinned}' computes no per-example gradients",
+                where=WHERE,
+                fix="leave the plan out, or set 'lean'",
+            )
+        own = pinned or EnginePlan("lean", TOGETHER)
+        kernel = trial.make("lean", subject, examination)
+        return Choice(own, "default" if pinned is None else "pinned", {}, {}), kernel
     if pinned is not None:
         try:
             return Choice(pinned, "pinned", {}, {}), trial.make(pinned.kernel, subject, examination)

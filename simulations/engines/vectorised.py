@@ -265,7 +265,9 @@ class Vectorised:
         assert found.kernel is not None
         assert found.choice is not None
         try:
-            updates = self._trainer.train(found.kernel, plan.round, places, plan.model, found.draws)
+            # Per-example gradients are computed client by client, by the runtime itself.
+            alone = self._runtime.private is not None
+            updates = None if alone else self._trainer.train(found.kernel, plan.round, places, plan.model, found.draws)
         except UmbelError:
             raise
         except Exception as error:
@@ -275,8 +277,9 @@ class Vectorised:
                     f"({reason(error)}); running them one after another"
                 )
         else:
-            yield updates
-            return
+            if updates is not None:
+                yield self._runtime.released(updates, plan.model)
+                return
         for place in places.tolist():
             client = self._residents.data.names[place]
             yield self._residents.train(plan.round, client, plan.model)
