@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -237,14 +236,6 @@ class ClientStates:
                 where=str(self.path),
                 fix="is the disk full, or the file damaged?",
             ) from error
-
-
-def temporary(algorithm: str) -> ClientStates:
-    """In a folder that goes with the object: for a federation that nobody gave a file."""
-    folder = tempfile.TemporaryDirectory(prefix="umbel-clients-")
-    states = ClientStates(Path(folder.name) / "clients.db", algorithm)
-    states.__dict__["_folder"] = folder
-    return states
 
 
 def _keep(connection: sqlite3.Connection, **facts: int) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from umbel.client import own
+from umbel.client.state import ClientStates
 from umbel.client.training import ClientRuntime
 from umbel.core.errors import UmbelError
-from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Updates
+from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates
 from umbel.core.run_file import RunFile
-from umbel.core.trees import Model
+from umbel.core.trees import unflatten
 from umbel.datasets.federated import FederatedData, Numbered
 from umbel.privacy.sources import seeded_sources
 from umbel.strategies.parts import ClientRule
@@ -32,6 +37,7 @@ class Residents:
         self.runtime = ClientRuntime(run, task, rule, seeded_sources(run.run.seed))
         # Numbered names know their places; a million of them need no table.
         listed = () if isinstance(data.names, Numbered) else data.names
+        self._states: ClientStates | None = None
         self._places = {name: place for place, name in enumerate(listed)}
 
     def place(self, client: str) -> int:
@@ -42,15 +48,30 @@ class Residents:
         """How many training examples each client has, in the order of the names."""
         return self.data.train_holdings.sizes()
 
-    def train(self, round_number: int, client: str, model: Model) -> Updates | Failure:
+    def settled(self, plan: TrainPlan) -> TrainPlan:
+        """The plan, with a place for what clients keep: of this object where nobody gave one."""
+        if plan.states is not None or not self.runtime.rule.keeps:
+            return plan
+        if self._states is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="umbel-clients-")
+            path = Path(self._folder.name) / "clients.db"
+            self._states = ClientStates(path, self.runtime.run.strategy.name)
+        return replace(plan, states=self._states)
+
+    def train(self, plan: TrainPlan, client: str) -> Updates | Failure:
         """Trains one client the plain way."""
-        examples = self.data.train_part(self.place(client))
+        examples, states = self.data.train_part(self.place(client)), plan.states
         try:
-            return self.runtime.train(round_number, client, examples, model)
+            kept = None if states is None else states.get(plan.round, [client])[0]
+            shared = unflatten(plan.shared)
+            learned = self.runtime.learn(plan.round, client, examples, plan.model, shared, kept)
         except UmbelError:
             raise
         except Exception as error:
             return Failure(client, reason(error))
+        if states is not None and learned.kept and own.is_finite(learned.kept):
+            states.put(plan.round, {client: learned.kept})
+        return learned.updates
 
     def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
         """Evaluates the plan's clients in its order; those without a test part yield nothing."""

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from umbel.client import batches, optimizers
+from umbel.client import batches, optimizers, own
 from umbel.client.training import load
 from umbel.core import randomness
-from umbel.core.payloads import Updates
-from umbel.core.trees import Model, to_device
-from umbel.simulations import chunks
+from umbel.core.payloads import States, TrainPlan, Updates
+from umbel.core.trees import Model, Tree, to_device, unflatten
+from umbel.simulations import chunks, together
+from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.kernel import Chunk, Kernel, Subject
 from umbel.simulations.residents import Residents
-from umbel.tasks.evaluate import tensor_of
+from umbel.tasks.build import model_of
+from umbel.tasks.evaluate import evaluate, tensor_of
 
 
 class Trainer:
     """Where chunks are put together and trained.
 
-    The updates of a chunk are a function of (round, places, model) and of the kernel: of nothing
-    that was trained before.
+    The updates of a chunk are a function of (round, places, model), of what its clients kept from
+    earlier rounds, and of the kernel.
 
     Args:
         residents: the clients.
@@ -38,9 +42,9 @@ class Trainer:
         if device.type != "cpu" and held <= memory // 2:
             self.columns = to_device(self.columns, device)
 
-    def subject(self, draws: bool) -> Subject:
-        """What kernels are made for."""
-        return Subject(self._runtime, self.module, draws)
+    def subject(self, draws: bool, shared: Tree) -> Subject:
+        """What kernels are made for; ``shared`` is what the strategy broadcasts besides."""
+        return Subject(self._runtime, self.module, draws, unflatten(shared))
 
     def examples(self, place: int, most: int) -> dict[str, Tensor]:
         """The first examples of a client, on the device."""
@@ -52,7 +56,13 @@ class Trainer:
         }
 
     def chunk(
-        self, round_number: int, places: chunks.Places, draws: bool, head: int | None = None
+        self,
+        round_number: int,
+        places: chunks.Places,
+        draws: bool,
+        shared: Tree,
+        states: States | None,
+        head: int | None = None,
     ) -> Chunk:
         """The work of one round for some clients, those with most steps first.
 
@@ -60,6 +70,8 @@ class Trainer:
             round_number: 1 … rounds.
             places: of the clients among the names of the data.
             draws: whether the model draws random numbers in training.
+            shared: what the strategy broadcasts besides the model, ``letter/name`` -> (*shape).
+            states: where clients keep what they keep; ``None``: they have just begun.
             head: only so many steps.
         """
         run, device, data = self._runtime.run, self._runtime.device, self._residents.data
@@ -86,34 +98,79 @@ class Trainer:
         if draws:
             seed = run.run.seed
             seeds = [randomness.torch_seed(seed, "dropout", round_number, c) for c in clients]
-        return Chunk.of(columns, batches.Padded(pooled, padded.counts), device, seeds)
+        work = Chunk.of(columns, batches.Padded(pooled, padded.counts), device, seeds)
+        if not together.needed(self._runtime.rule, shared):
+            return work
+        kept: list[dict[str, Tensor] | None] = [None] * len(clients)
+        if states is not None and self._runtime.rule.keeps:
+            kept = states.get(round_number, clients)
+        steps = (work.counts > 0).sum(0)
+        model = model_of(self.module)
+        around = together.opened(self._runtime, model, shared, clients, kept, steps)
+        return work._replace(around=around)
 
-    def train(
-        self, kernel: Kernel, round_number: int, places: chunks.Places, model: Model, draws: bool
-    ) -> Updates:
+    def train(self, kernel: Kernel, plan: TrainPlan, places: chunks.Places, draws: bool) -> Updates:
         """Trains some clients in one computation.
 
         Args:
             kernel: trains them.
-            round_number: 1 … rounds.
+            plan: of the round.
             places: of the clients among the names of the data, those with most steps first.
-            model: the global model.
             draws: whether the model draws random numbers in training.
         """
-        run, device, data = self._runtime.run, self._runtime.device, self._residents.data
-        load(self.module, model)
-        work = self.chunk(round_number, places, draws)
-        lr = optimizers.learning_rate(run.client, round_number, run.run.rounds)
-        anchor = to_device(model.params, device)
-        tensors, totals = kernel.train(anchor, work, lr)
+        runtime, data, model = self._runtime, self._residents.data, plan.model
+        load(self.module, model, runtime.at_home)
+        work = self.chunk(plan.round, places, draws, plan.shared, plan.states)
+        lr = optimizers.learning_rate(runtime.run.client, plan.round, runtime.run.run.rounds)
+        anchor = to_device(model.params, runtime.device)
+        around, sizes = work.around, _size(data.train_holdings.offsets, places)
+        clients = [data.names[place] for place in places.tolist()]
+        if around is None:
+            tensors, totals = kernel.train(anchor, work, lr)
+            delta = _delta(model, tensors, len(places))
+        else:
+            tensors, totals = kernel.train(around.anchor, work, lr)
+            examples = torch.from_numpy(sizes).to(runtime.device, torch.float32)
+            assert around.steps is not None
+            taken = own.Taken(around.steps, examples, self._losses(around, places))
+            closed = together.closed(runtime, around, tensors, taken, lr)
+            if closed.kept and plan.states is not None:
+                rows = {c: i for i, c in enumerate(clients) if closed.whole[i]}
+                plan.states.put(
+                    plan.round,
+                    {c: {n: t[i] for n, t in closed.kept.items()} for c, i in rows.items()},
+                )
+            # What is sent besides may be the very tensors that were trained.
+            moved = _delta(model, {n: t.clone() for n, t in tensors.items()}, len(places))
+            besides = {**closed.delta, **closed.uploads}
+            home = next(iter(model.tensors().values())).device
+            delta = {**moved, **to_device(besides, home)}
         seen = work.counts.sum(0).cpu()
         return Updates(
-            round_number,
-            [data.names[place] for place in places.tolist()],
-            _delta(model, tensors, len(places)),
-            torch.from_numpy(_size(data.train_holdings.offsets, places).astype(np.float64)),
+            plan.round,
+            clients,
+            delta,
+            torch.from_numpy(sizes.astype(np.float64)),
             {name: total.cpu().double() / seen for name, total in totals.items()},
         )
+
+    def _losses(self, around: Around, places: chunks.Places) -> Tensor:
+        """The global model's mean loss over each client's examples, where the rule asks; (C,)."""
+        runtime = self._runtime
+        if not runtime.rule.initial_loss:
+            return torch.zeros(len(places), device=runtime.device)
+        module = copy.deepcopy(self.module)
+        mine = around.own.get(own.PRIVATE, {})
+        found = []
+        with torch.no_grad():
+            for row, place in enumerate(places.tolist()):
+                for name, tensor in model_of(module).tensors().items():
+                    if name in mine:
+                        tensor.copy_(mine[name][row])
+                examples = self._residents.data.train_part(place)
+                scores = evaluate(runtime.task, module, examples, device=runtime.device)[1]
+                found.append(scores["loss"])
+        return torch.tensor(found, dtype=torch.float32, device=runtime.device)
 
 
 def _size(offsets: chunks.Places, places: chunks.Places) -> chunks.Places:

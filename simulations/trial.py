@@ -17,14 +17,15 @@ from umbel.client.training import ClientRuntime
 from umbel.core import randomness
 from umbel.core.errors import UmbelError
 from umbel.core.trees import Tree, map_tree, norm, subtract
+from umbel.simulations import pretended
 from umbel.simulations.kernels.build import KERNELS
 from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Kernel, Obstacle, Subject
 from umbel.simulations.kernels.lean import Lean
 from umbel.simulations.kernels.traced import Grouped, Stacked
 from umbel.simulations.residents import reason
-from umbel.strategies.parts import Local
-from umbel.tasks.evaluate import per_example
+from umbel.strategies.parts import Trees
+from umbel.strategies.parts.rule import NONE
 from umbel.tasks.task import Batch
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -68,42 +69,45 @@ class Examination(NamedTuple):
     tolerance: float
 
 
-def examine(runtime: ClientRuntime, module: nn.Module, batch: Batch) -> Examination:
+def examine(
+    runtime: ClientRuntime, module: nn.Module, batch: Batch, shared: Trees = NONE
+) -> Examination:
     """Computes the gradients that every kernel must reproduce.
 
     Args:
         runtime: of the federation.
         module: holds the initial model; not changed.
         batch: name -> (B, …), real examples of one client.
+        shared: what the strategy broadcasts besides the model.
     """
     if runtime.run.client.precision != "float32":
-        return _examine(runtime, module, batch, HALF)
+        return _examine(runtime, module, batch, shared, HALF)
     if runtime.device.type != "mps":
         try:
             wide = map_tree(lambda c: c.double() if c.is_floating_point() else c, batch)
             exact = _examine(
-                runtime, copy.deepcopy(module).double(), wide, TOLERANCE[torch.float64]
+                runtime, copy.deepcopy(module).double(), wide, shared, TOLERANCE[torch.float64]
             )
             return exact._replace(activation_bytes=exact.activation_bytes // 2, given=batch)
         except UmbelError:
             raise
         except Exception:  # a model or a loss that insists on its own precision
             pass
-    return _examine(runtime, module, batch, TOLERANCE[torch.float32])
+    return _examine(runtime, module, batch, shared, TOLERANCE[torch.float32])
 
 
 def _examine(
-    runtime: ClientRuntime, module: nn.Module, batch: Batch, tolerance: float
+    runtime: ClientRuntime, module: nn.Module, batch: Batch, shared: Trees, tolerance: float
 ) -> Examination:
     size = len(next(iter(batch.values())))
     head = {name: column[: max(size - 1, 1)] for name, column in batch.items()}
-    plain, saved, changed, draws = _plain(runtime, module, batch)
+    plain, saved, changed, draws = _plain(runtime, module, batch, shared)
     obstacle = None
     if runtime.run.client.precision == "float16":
         obstacle = "float16 needs a scale of the loss for each client"
     elif size > 1 and not runtime.task.decomposable:
         obstacle = "the loss of a batch is not a mean over its examples"
-    second = plain if obstacle or changed else _plain(runtime, module, head)[0]
+    second = plain if obstacle or changed else _plain(runtime, module, head, shared)[0]
     pair = (plain, second)
     return Examination(
         obstacle, draws, saved // size, module, batch, batch, pair, changed, tolerance
@@ -158,8 +162,7 @@ def _pair(kernel: Kernel, subject: Subject, batch: Batch, kept: Tree) -> list[Tr
     gradients = partial(compute, kept=kept) if kept else compute
     size = len(next(iter(batch.values())))
     pair = {name: torch.stack([column, column]) for name, column in batch.items()}
-    params = {n: p.detach() for n, p in subject.module.named_parameters() if p.requires_grad}
-    stacks = {name: torch.stack([p, p]) for name, p in params.items()}
+    stacks, around = pretended.two(pretended.one(runtime, subject.module, subject.shared))
     found: list[Tree] = []
     counts = torch.tensor([size, max(size - 1, 1)], device=runtime.device)
     with (
@@ -169,7 +172,7 @@ def _pair(kernel: Kernel, subject: Subject, batch: Batch, kept: Tree) -> list[Tr
         warnings.simplefilter("always")
         for own in (None,) if kernel.even else (None, counts):
             draws = Draws([DRAWS, DRAWS], runtime.device) if subject.draws else None
-            found.append(gradients(stacks, params, pair, own, draws)[0])
+            found.append(gradients(stacks, around, pair, own, draws)[0])
     # Torch then runs that operation client by client, which is no faster than the plain loop.
     texts = (str(w.message) for w in warned)
     if missing := [m for m in (re.search(r"batching rule for ([\w:]+)", t) for t in texts) if m]:
@@ -177,11 +180,13 @@ def _pair(kernel: Kernel, subject: Subject, batch: Batch, kept: Tree) -> list[Tr
     return found
 
 
-def _plain(runtime: ClientRuntime, module: nn.Module, batch: Batch) -> tuple[Tree, int, Tree, bool]:
+def _plain(
+    runtime: ClientRuntime, module: nn.Module, batch: Batch, shared: Trees
+) -> tuple[Tree, int, Tree, bool]:
     """The gradient of a batch, the bytes it kept, buffers that changed, whether it drew."""
     module = copy.deepcopy(module).train()
-    params = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    anchor = {name: p.detach().clone() for name, p in params.items()}
+    local = pretended.one(runtime, module, shared)
+    params = local.params
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     known = {t.untyped_storage().data_ptr() for t in [*params.values(), *batch.values()]}
     kept: dict[int, int] = {}
@@ -195,13 +200,12 @@ def _plain(runtime: ClientRuntime, module: nn.Module, batch: Batch) -> tuple[Tre
     with devices.seeded(runtime.device, DRAWS):
         before = _generator_state(runtime.device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            with devices.autocast(runtime.device, runtime.run.client):
-                losses, _ = per_example(runtime.task, module, batch)
-            objective = runtime.rule.loss(losses.mean(), Local(params, anchor))
+            objective, _ = runtime.objective(module, local, batch)
         drew = not torch.equal(before, _generator_state(runtime.device))
     found = torch.autograd.grad(objective, list(params.values()), materialize_grads=True)
     detached = {name: p.detach() for name, p in params.items()}
-    gradient = runtime.rule.gradient(dict(zip(params, found, strict=True)), Local(detached, anchor))
+    given = dict(zip(params, found, strict=True))
+    gradient = runtime.rule.gradient(given, local._replace(params=detached))
     changed = {n: b for n, b in module.named_buffers() if not torch.equal(b, buffers[n])}
     return gradient, sum(kept.values()), changed, drew
 

@@ -54,8 +54,9 @@ class Sequential:
 
     def train(self, plan: TrainPlan) -> Iterator[Updates | Failure]:
         """Trains the plan's clients in its order."""
+        plan = self._residents.settled(plan)
         for client in plan.clients:
-            yield self._residents.train(plan.round, client, plan.model)
+            yield self._residents.train(plan, client)
 
     def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
         """Evaluates the plan's clients in its order."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from umbel.client import optimizers
+from umbel.client import optimizers, own
 from umbel.core.errors import UmbelError
 from umbel.core.payloads import (
     EvaluatePlan,
@@ -20,7 +20,7 @@ from umbel.core.payloads import (
     Updates,
 )
 from umbel.core.run_file import RunFile
-from umbel.core.trees import Model
+from umbel.core.trees import Model, flatten, unflatten
 from umbel.datasets.federated import FederatedData
 from umbel.simulations import chunks, stacks, trial
 from umbel.simulations.choose import choose
@@ -32,6 +32,7 @@ from umbel.simulations.residents import Residents, reason
 from umbel.simulations.trainer import Trainer
 from umbel.simulations.workers import cores
 from umbel.strategies.parts import ClientRule
+from umbel.tasks.build import model_of
 from umbel.tasks.task import Task
 
 TRIAL = 32
@@ -153,6 +154,7 @@ class Vectorised:
         With a ``fold``, what comes is folded, group by group. Without, it comes in the order of the
         plan, in stacks.
         """
+        plan = self._residents.settled(plan)
         asked = min(len(plan.clients), plan.wanted)
         if self._found is None and plan.clients:
             with self._dispatch.threads(asked):
@@ -167,7 +169,7 @@ class Vectorised:
                     yield from self._span(plan, wanted[span], places[span], self._found)
         for client in plan.clients[len(wanted) :]:
             with self._dispatch.threads(asked):
-                item = self._residents.train(plan.round, client, plan.model)
+                item = self._residents.train(plan, client)
             yield item
 
     def _find(self, plan: TrainPlan) -> _Found:
@@ -178,7 +180,10 @@ class Vectorised:
         most = TRIAL if size == "full" else min(size, TRIAL)
         try:
             examination = trial.examine(
-                self._runtime, self._runtime.module(), self._trainer.examples(largest, most)
+                self._runtime,
+                self._runtime.module(),
+                self._trainer.examples(largest, most),
+                unflatten(plan.shared),
             )
         except UmbelError:
             raise
@@ -193,9 +198,10 @@ class Vectorised:
         order = np.argsort(-sizes, kind="stable")[:together]
 
         def sample(clients: int, steps: int) -> Chunk:
-            return self._trainer.chunk(1, order[:clients], examination.draws, steps)
+            draws = examination.draws
+            return self._trainer.chunk(1, order[:clients], draws, plan.shared, None, steps)
 
-        subject = self._trainer.subject(examination.draws)
+        subject = self._trainer.subject(examination.draws, plan.shared)
         try:
             choice, kernel = choose(subject, examination, sample, together, self._pinned)
         except Obstacle as obstacle:
@@ -211,8 +217,14 @@ class Vectorised:
 
     def _footprint(self, model: Model, activation_bytes: int) -> chunks.Footprint:
         row = sum(c[:1].nbytes for c in self._trainer.columns.values())
-        copies = 3 + optimizers.slots(self._runtime.run.client)
+        copies = 3 + optimizers.slots(self._runtime.run.client) + self._kept_copies(model)
         return chunks.Footprint(model.bytes(), copies, 2 * row + 2 * activation_bytes)
+
+    def _kept_copies(self, model: Model) -> int:
+        """What a client keeps, before and after a round, in copies of the model, rounded up."""
+        kept = flatten(own.first(self._runtime.rule, model_of(self._trainer.module)))
+        size = sum(t.numel() * t.element_size() for t in kept.values())
+        return -(-2 * size // max(model.bytes(), 1))
 
     def _groups(self, places: chunks.Places, found: _Found) -> list[Group]:
         """The clients at these places, dealt to chunks and these to groups."""
@@ -267,7 +279,7 @@ class Vectorised:
         try:
             # Per-example gradients are computed client by client, by the runtime itself.
             alone = self._runtime.private is not None
-            updates = None if alone else self._trainer.train(found.kernel, plan.round, places, plan.model, found.draws)
+            updates = None if alone else self._trainer.train(found.kernel, plan, places, found.draws)
         except UmbelError:
             raise
         except Exception as error:
@@ -282,7 +294,7 @@ class Vectorised:
                 return
         for place in places.tolist():
             client = self._residents.data.names[place]
-            yield self._residents.train(plan.round, client, plan.model)
+            yield self._residents.train(plan, client)
 
     def _span(
         self, plan: TrainPlan, clients: Sequence[str], places: chunks.Places, found: _Found

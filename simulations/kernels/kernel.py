@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from umbel.client.batches import Padded
 from umbel.client.training import ClientRuntime
 from umbel.core.trees import Tree
+from umbel.simulations.kernels.around import Around
+from umbel.strategies.parts import Trees
+from umbel.strategies.parts.rule import NONE
 from umbel.tasks.task import Batch
 
 
@@ -25,11 +28,13 @@ class Subject(NamedTuple):
         module: holds the frozen parameters and the buffers; the global model is loaded into it
             before each round, and no kernel changes it.
         draws: whether the model draws random numbers in training.
+        shared: what the strategy broadcasts besides the model, for trials.
     """
 
     runtime: ClientRuntime
     module: nn.Module
     draws: bool
+    shared: Trees = NONE
 
 
 class Chunk(NamedTuple):
@@ -43,6 +48,7 @@ class Chunk(NamedTuple):
         widths: the largest batch of each step.
         full: whether all batches of a step have that size.
         seeds: of torch's generator, a client each, where the model draws random numbers.
+        around: what the rule's parts may read, where that is more than the global parameters.
     """
 
     columns: Batch
@@ -52,6 +58,7 @@ class Chunk(NamedTuple):
     widths: list[int]
     full: list[bool]
     seeds: list[int] | None = None
+    around: Around | None = None
 
     @classmethod
     def of(
@@ -93,8 +100,8 @@ class Trained(NamedTuple):
     """The result of a chunk.
 
     Args:
-        tensors: name -> (C, *shape): the local parameters, and the buffers if training may change
-            them.
+        tensors: name -> (C, *shape): the local parameters, what is trained along with them, and the
+            buffers if training may change them.
         totals: name -> (C,): the sums of the figures over all examples seen.
     """
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from umbel.client import devices, optimizers
 from umbel.core.trees import Tree, map_tree
+from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
-from umbel.strategies.parts import Local
-from umbel.tasks.evaluate import add_sums, per_example
+from umbel.tasks.evaluate import add_sums
 from umbel.tasks.task import Batch
 
 
@@ -44,13 +44,17 @@ class Lean:
         clients = chunk.clients()
         moving = {**map_tree(lambda p: p.detach(), self._params), **dict(self._own.named_buffers())}
         start = {**anchor, **dict(self._subject.module.named_buffers())}
+        around = chunk.around or Around(anchor)
         stacks = {n: t.new_empty(clients, *t.shape) for n, t in start.items()}
+        stacks |= {n: torch.empty_like(t) for n, t in around.start.items() if "/" in n}
         totals: dict[str, Tensor] = {}
         counts = chunk.counts.tolist()
         device = self._subject.runtime.device
         for client in range(clients):
+            mine = around.of(client)
+            along = {n: t.clone() for n, t in mine.start.items() if "/" in n}
             for name, tensor in moving.items():
-                tensor.copy_(start[name])
+                tensor.copy_(mine.start.get(name, start[name]))
             optimizer = optimizers.Stacked(self._subject.runtime.run.client, lr)
             sums: dict[str, Tensor] = {}
             with (
@@ -58,10 +62,14 @@ class Lean:
                 if chunk.seeds is not None
                 else contextlib.nullcontext()
             ):
-                for rows, width in zip(chunk.rows[:, client], counts, strict=True):
+                for step, (rows, width) in enumerate(
+                    zip(chunk.rows[:, client], counts, strict=True)
+                ):
                     if width[client]:
-                        self._step(anchor, chunk.columns, rows[: width[client]], optimizer, sums)
-            for name, tensor in moving.items():
+                        now = mine._replace(step=step)
+                        at = rows[: width[client]]
+                        self._step(now, along, chunk.columns, at, optimizer, sums)
+            for name, tensor in {**moving, **along}.items():
                 stacks[name][client] = tensor
             for name, value in sums.items():
                 totals.setdefault(name, value.new_zeros(clients))[client] = value
@@ -69,14 +77,20 @@ class Lean:
 
     def _step(
         self,
-        anchor: Tree,
+        around: Around,
+        along: Tree,
         columns: Batch,
         rows: Tensor,
         optimizer: optimizers.Stacked,
         sums: dict[str, Tensor],
     ) -> None:
         runtime = self._subject.runtime
-        local = Local(self._params, anchor)
+        trained: Tree = self._params
+        stepped = self._stepped
+        if along:
+            leaves = {n: t.detach().requires_grad_() for n, t in along.items()}
+            trained, stepped = {**trained, **leaves}, stepped + [t[None] for t in along.values()]
+        local = around.local(trained)
         pieces = min(runtime.run.client.accumulation, len(rows))
         found: list[Tensor] = []
         for piece in np.array_split(np.arange(len(rows)), pieces):
@@ -84,20 +98,24 @@ class Lean:
             batch = {name: column.index_select(0, at) for name, column in columns.items()}
             if self._channels_last:
                 batch = map_tree(lambda t: _channels_last(t) if t.dim() == 4 else t, batch)
-            with devices.autocast(runtime.device, runtime.run.client):
-                losses, figures = per_example(runtime.task, self._own, batch)
-            objective = runtime.rule.loss(losses.mean(), local) * (len(at) / len(rows))
+            value, figures = runtime.objective(self._own, local, batch)
             parts = torch.autograd.grad(
-                objective, list(self._params.values()), materialize_grads=True
+                value * (len(at) / len(rows)), list(trained.values()), materialize_grads=True
             )
             found = [a + b for a, b in zip(found, parts, strict=True)] if found else list(parts)
             add_sums(sums, figures, lambda v: v.sum())
-        gradient: Tree = dict(zip(self._params, found, strict=True))
+        gradient: Tree = dict(zip(trained, found, strict=True))
+        after = runtime.rule.after
         with torch.no_grad():
+            detached = map_tree(lambda p: p.detach(), trained)
             if runtime.rule.grad_transforms:
-                detached = map_tree(lambda p: p.detach(), self._params)
-                gradient = runtime.rule.gradient(gradient, Local(detached, anchor))
-            optimizer.step(self._stepped, [gradient[name][None] for name in self._params])
+                gradient = runtime.rule.gradient(gradient, around.local(detached))
+            before = map_tree(torch.clone, detached) if after is not None else {}
+            optimizer.step(stepped, [gradient[name][None] for name in trained])
+            if after is not None:
+                new = map_tree(torch.clone, detached)
+                for name, tensor in after(new, gradient, around.local(before)).items():
+                    detached[name].copy_(tensor)
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from umbel.core.trees import Tree
 from umbel.simulations.kernels import stepping
+from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
 from umbel.simulations.kernels.norms import stacked, statistics
 from umbel.simulations.kernels.trace import Program, trace
-from umbel.strategies.parts import ClientRule, Local
+from umbel.strategies.parts import ClientRule
 from umbel.tasks.evaluate import add_sums, per_example
 from umbel.tasks.task import Batch, Task
 
@@ -43,7 +43,7 @@ class Grouped:
 
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
-        kept = self.statistics(chunk.clients())
+        kept = started(self.statistics(chunk.clients()), chunk)
         compute = partial(self.gradients, kept=kept)
         trained = stepping.train(self._subject, compute, anchor, chunk, lr, _channels_last)
         return trained._replace(tensors={**trained.tensors, **kept})
@@ -66,7 +66,7 @@ class Stacked:
 
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
-        kept = self.statistics(chunk.clients())
+        kept = started(self.statistics(chunk.clients()), chunk)
         compute = partial(self.gradients, kept=kept)
         trained = stepping.train(self._subject, compute, anchor, chunk, lr)
         return trained._replace(tensors={**trained.tensors, **kept})
@@ -76,7 +76,15 @@ class Stacked:
         return stacked(statistics(self._subject.module), clients)
 
 
+def started(kept: dict[str, Tensor], chunk: Chunk) -> dict[str, Tensor]:
+    """Running statistics, each client's own where it has them."""
+    own = {} if chunk.around is None else chunk.around.start
+    return {name: own[name].clone() if name in own else stack for name, stack in kept.items()}
+
+
 def _program(subject: Subject) -> Program:
+    if subject.runtime.rule.objective is not None or subject.runtime.rule.joint:
+        raise Obstacle("the strategy has an objective of its own")
     if subject.draws and subject.runtime.run.client.accumulation > 1:
         raise Obstacle("its draws depend on the micro-batches")
     program = trace(subject.module)
@@ -100,7 +108,7 @@ def gradients(task: Task, rule: ClientRule, program: Program) -> Callable[..., A
 
     def compute(
         params: Tree,
-        anchor: Tree,
+        around: Around,
         batch: Batch,
         counts: Tensor | None,
         draws: Draws | None,
@@ -131,11 +139,13 @@ def gradients(task: Task, rule: ClientRule, program: Program) -> Callable[..., A
         sums: dict[str, Tensor] = {}
         add_sums(sums, figures, lambda v: v.sum(1))
         if rule.loss_terms:
-            means = vmap(lambda m, p: rule.loss(m, Local(p, anchor)))(means, leaves)
+            means = around.over(lambda now, m, p: rule.loss(m, now.local(p)), means, leaves)
         found = torch.autograd.grad(means.sum(), list(leaves.values()), materialize_grads=True)
         gradient: Mapping[str, Tensor] = dict(zip(leaves, found, strict=True))
         if rule.grad_transforms:
-            gradient = vmap(lambda g, p: dict(rule.gradient(g, Local(p, anchor))))(gradient, params)
+            gradient = around.over(
+                lambda now, g, p: dict(rule.gradient(g, now.local(p))), gradient, dict(params)
+            )
         return gradient, sums
 
     return compute

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from torch.func import vmap as over_clients
 
+from umbel.client.passes import objective as own_objective
 from umbel.core.trees import Tree
 from umbel.simulations.kernels import stepping
+from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
-from umbel.strategies.parts import ClientRule, Local
+from umbel.strategies.parts import ClientRule
 from umbel.tasks.evaluate import add_sums, per_example
 from umbel.tasks.task import Batch, Task
 
@@ -39,8 +40,11 @@ def gradients(task: Task, rule: ClientRule, module: nn.Module) -> stepping.Gradi
     """The gradients of a batch of each of n clients, and the sums of its figures."""
 
     def objective(
-        params: Tree, anchor: Tree, batch: Batch, count: Tensor | None
+        params: Tree, around: Around, batch: Batch, count: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        if rule.objective is not None:
+            return apart(params, around, batch, count)
+
         def forward(*inputs: Any, **named: Any) -> Tensor:
             output: Tensor = functional_call(module, dict(params), inputs, named)
             return output
@@ -56,18 +60,27 @@ def gradients(task: Task, rule: ClientRule, module: nn.Module) -> stepping.Gradi
             figures = {name: torch.where(inside, v, 0) for name, v in figures.items()}
         sums: dict[str, Tensor] = {}
         add_sums(sums, figures, lambda v: v.sum())
-        return rule.loss(mean, Local(params, anchor)), sums
+        return rule.loss(mean, around.local(params)), sums
 
-    def one(params: Tree, anchor: Tree, batch: Batch, count: Tensor | None) -> Any:
-        gradient, sums = grad(objective, has_aux=True)(params, anchor, batch, count)
-        return dict(rule.gradient(gradient, Local(params, anchor))), sums
+    def apart(
+        params: Tree, around: Around, batch: Batch, count: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        size = len(next(iter(batch.values())))
+        mask = None if count is None else torch.arange(size, device=count.device) < count
+        value, figures = own_objective(task, module, rule, around.local(params), batch, mask)
+        if mask is not None:
+            figures = {name: torch.where(mask, v, 0) for name, v in figures.items()}
+        sums: dict[str, Tensor] = {}
+        add_sums(sums, figures, lambda v: v.sum())
+        return value, sums
 
-    full = over_clients(one, in_dims=(0, None, 0, None))
-    masked = over_clients(one, in_dims=(0, None, 0, 0))
+    def one(around: Around, params: Tree, batch: Batch, count: Tensor | None = None) -> Any:
+        gradient, sums = grad(objective, has_aux=True)(params, around, batch, count)
+        return dict(rule.gradient(gradient, around.local(params))), sums
 
     def either(
-        params: Tree, anchor: Tree, batch: Batch, counts: Tensor | None, draws: Draws | None
+        params: Tree, around: Around, batch: Batch, counts: Tensor | None, draws: Draws | None
     ) -> Any:
-        return (full if counts is None else masked)(params, anchor, batch, counts)
+        return around.over(one, params, batch, *(() if counts is None else (counts,)))
 
     return either
