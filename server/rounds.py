@@ -116,6 +116,9 @@ def rounds(
             metrics=scores.metrics,
             per_client=scores.per_client,
             note=note,
+                cohort.totals |= observed(strategy, model, combined)
+                if run.task.adapter is not None:
+                    require_moved(number, combined)
         )
         yield RoundResult(record, model, state)
         empty = 0 if cohort.participants else empty + 1
@@ -267,11 +270,7 @@ def step(
     What is private stays as it is, and what clients sent besides their deltas is ``extra``.
     """
     delta = combined.delta
-    given = {name: p for name, p in model.params.items() if name in delta}
-    trained = combined._replace(
-        delta={name: delta[name] for name in given},
-        extra=unflatten({name: d for name, d in delta.items() if "/" in name}),
-    )
+    given, trained = _trained(model, combined)
     params, state = strategy.server(given, state, trained)
     buffers = {
         name: add_cast(b, delta[name]) if name in delta else b for name, b in model.buffers.items()
@@ -293,3 +292,37 @@ def nobody(number: int, empty: int, failures: Sequence[Failure]) -> RunError:
         where=f"round {number}",
         fix="a diverging model needs a smaller [client] lr; else mend what the clients report",
     )
+    if strategy.buffers is not None:
+        buffers |= strategy.buffers(model, trained)
+def _trained(model: Model, combined: Combined) -> tuple[Tree, Combined]:
+    """The parameters that travelled, and what was combined of them, the rest as ``extra``."""
+    delta = combined.delta
+    given = {name: p for name, p in model.params.items() if name in delta}
+    trained = combined._replace(
+        delta={name: delta[name] for name in given},
+        extra=unflatten({name: d for name, d in delta.items() if "/" in name}),
+    )
+    return given, trained
+
+
+def observed(strategy: Strategy, model: Model, combined: Combined) -> dict[str, list[float]]:
+    """The strategy's own figures of a round, as totals of a cohort."""
+    if strategy.figures is None:
+        return {}
+    return {n: [v, 1.0] for n, v in strategy.figures(*_trained(model, combined)).items()}
+
+
+def require_moved(number: int, combined: Combined) -> None:
+    """An adapter that training leaves as it was is not connected to the model's output.
+
+    Raises:
+        RunError: no tensor moved at any client.
+    """
+    if not any(bool(d.any()) for d in combined.delta.values()):
+        raise RunError(
+            "the adapter did not move at any client: every delta is zero",
+            where=f"round {number}",
+            fix="choose targets that the model's output depends on, or a larger [client] lr",
+        )
+
+

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates
-from umbel.core.trees import Tree, map_tree
+from umbel.core.trees import Tree, map_tree, unflatten
 from umbel.strategies.parts import ClientRule, Local
 
 
@@ -38,7 +38,7 @@ class Quadratic:
             params = map_tree(torch.clone, anchor)
             for _ in range(self._steps):
                 leaves = map_tree(lambda t: t.detach().requires_grad_(), params)
-                local = Local(leaves, anchor)
+                local = Local(leaves, anchor, unflatten(plan.shared))
                 far = [(leaves[n] - c).square().sum() for n, c in self._optima[k].items()]
                 loss = self._rule.loss(0.5 * torch.stack(far).sum(), local)
                 grads = torch.autograd.grad(loss, list(leaves.values()))
