@@ -20,8 +20,8 @@ from umbel.core.run_file import RunFile
 from umbel.core.settings import Count, NonNegative, Positive, Settings, parse
 
 POLICY = """\
-# What this site allows. The server cannot change it; a request that it does not allow is refused,
-# and written down in audit/, before any data are opened. `umbel site policy check REQUEST` tries it.
+# What this site allows. The server cannot change it; a request that is not allowed is refused, and
+# written down in audit/, before any data are opened. `umbel site policy check RUN.toml` tries it.
 
 [allow]
 # A list names what is allowed; without one, everything that comes with Umbel is.

@@ -9,18 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from umbel.core.canonical import canonical_json
 from umbel.core.errors import RunError
+
+if sys.platform != "win32":
+    import fcntl
 
 START = "0" * 64
 
 
 class AuditLog:
-    """The log at ``path``, made by the first entry; one process writes it.
+    """The log at ``path``, made by the first entry. Several processes may write it.
 
     A line that a power cut left unfinished is moved to ``path``.torn: nothing followed from it.
 
@@ -32,41 +38,67 @@ class AuditLog:
         self.path = path
         self.last = START
         self.entries = 0
-        _mend(path)
-        for entry in read(path):
-            self.last = entry["hash"]
-            self.entries += 1
-        self._file: IO[bytes] | None = None
+        self._size = 0
+        if path.exists():
+            with self._held() as file:
+                self._catch_up(file)
 
     def add(self, event: str, **facts: Any) -> str:
-        """Appends an entry, durable when this returns; its hash."""
-        entry = {
-            "number": self.entries + 1,
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "event": event,
-            **facts,
-            "before": self.last,
-        }
-        entry["hash"] = _hash(entry)
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            self._file = os.fdopen(descriptor, "ab")
-        self._file.write(_json(entry).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.last, self.entries = entry["hash"], self.entries + 1
+        """Appends an entry, durable when this returns; its hash.
+
+        Raises:
+            RunError: somebody changed the log.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._held() as file:
+            self._catch_up(file)
+            entry = {
+                "number": self.entries + 1,
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "event": event,
+                **facts,
+                "before": self.last,
+            }
+            entry["hash"] = _hash(entry)
+            line = canonical_json(entry).encode() + b"\n"
+            file.seek(0, os.SEEK_END)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+            self.last, self.entries = str(entry["hash"]), self.entries + 1
+            self._size += len(line)
         return self.last
 
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    @contextmanager
+    def _held(self) -> Iterator[IO[bytes]]:
+        """The file, this process's alone until the end of the block."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "rb+") as file:
+            if sys.platform != "win32":
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+    def _catch_up(self, file: IO[bytes]) -> None:
+        """Reads what was added since this object last looked."""
+        size = os.fstat(file.fileno()).st_size
+        if size == self._size:
+            return
+        if size < self._size:
+            raise _changed(self.path, self.entries)
+        file.seek(self._size)
+        added = file.read()
+        whole = added.rfind(b"\n") + 1
+        if whole < len(added):
+            self.path.with_name(f"{self.path.name}.torn").write_bytes(added[whole:])
+            file.truncate(self._size + whole)
+        for line in added[:whole].splitlines():
+            self.last = _checked(line, self.last, self.entries + 1, self.path)["hash"]
+            self.entries += 1
+        self._size += whole
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries, each checked against the one before.
+    """The entries, each checked against the one before; an unfinished last line is left out.
 
     Raises:
         RunError: a line was changed, removed or added, by its number.
@@ -76,40 +108,32 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     last = START
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                entry = json.loads(line)
-                found = entry["hash"]
-                good = (
-                    entry["before"] == last
-                    and entry["number"] == number
-                    and found == _hash({k: v for k, v in entry.items() if k != "hash"})
-                )
-            except (ValueError, KeyError, TypeError):
-                good = False
-            if not good:
-                raise RunError(
-                    f"line {number} is not what was written",
-                    where=str(path),
-                    fix="keep the file as evidence, and ask who could write it",
-                )
-            last = found
+            if not line.endswith(b"\n"):
+                return
+            entry = _checked(line, last, number, path)
+            last = entry["hash"]
             yield entry
 
 
-def _mend(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            path.with_name(f"{path.name}.torn").write_bytes(content[whole:])
-            file.truncate(whole)
+def _checked(line: bytes, before: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        kept = {key: value for key, value in entry.items() if key != "hash"}
+        good = (entry["before"], entry["number"]) == (before, number)
+        if good and entry["hash"] == _hash(kept):
+            return entry
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise _changed(path, number)
+
+
+def _changed(path: Path, number: int) -> RunError:
+    return RunError(
+        f"line {number} is not what was written",
+        where=str(path),
+        fix="keep the file as evidence, and ask who could write it",
+    )
 
 
 def _hash(entry: dict[str, Any]) -> str:
-    return hashlib.sha256(_json(entry).encode()).hexdigest()
-
-
-def _json(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical_json(entry).encode()).hexdigest()

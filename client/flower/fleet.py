@@ -224,9 +224,7 @@ class Fleet:
                     raise LostError("the server did not store a part")
 
     def _object(self, run_id: int, object_id: str, largest: int) -> bytes:
-        request = message_pb2.PullObjectRequest(
-            node=self._node, run_id=run_id, object_id=object_id
-        )
+        request = message_pb2.PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
         until, pause = time.monotonic() + OBJECT_SECONDS, 0.02
         while True:
             reply = self._call(

@@ -226,10 +226,9 @@ class LinkGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Seals and stores messages; their ids, empty where the site was shut out."""
         batch = list(messages)
-        session = self._state.start_session(self._run.run_id)
-        return [self._push(message, session, len(batch)) for message in batch]
+        return [self._push(message, len(batch)) for message in batch]
 
-    def _push(self, message: Message, session: str, asked: int) -> str:
+    def _push(self, message: Message, asked: int) -> str:
         metadata = message.metadata
         peer = self._peers.get(metadata.dst_node_id)
         if peer is None:
@@ -249,6 +248,7 @@ class LinkGrid(Grid):
             number = message.object_id
             metadata.__dict__["_message_id"] = number
             objects, tree = get_all_nested_objects(message), get_object_tree(message)
+            session = self._state.start_session(self._run.run_id)  # ends with its last object
             stored, missing = self._state.store_message_and_object_tree(
                 remove_content_from_message(message), tree, session
             )

@@ -1,0 +1,246 @@
+"""The run manager: takes runs from the queue, one at a time, and sees each to its end.
+
+A run has a process of its own. One that dies is started again and goes on from its last committed
+round; so is one that was under way when the whole server was killed. Only a run that several times
+in a row gets no further is given up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+from umbel.core import signing
+from umbel.core.audit_log import AuditLog
+from umbel.deploy.jobs import Job, Jobs
+from umbel.deploy.server_folder import ServerFolder
+
+TICK = 0.2
+ATTEMPTS = 5
+"""Starts in a row without a new round, after which a run has failed."""
+RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
+
+MODULE = "umbel.server.flower.run_process"
+
+
+class Manager:
+    """Runs the queue of a server until it is closed.
+
+    Args:
+        folder: the server's.
+        report: called with what an administrator should know.
+        status: called often with what is going on, as plain values.
+    """
+
+    def __init__(
+        self,
+        folder: ServerFolder,
+        report: Callable[[str], None],
+        status: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._folder = folder
+        self._jobs = Jobs(folder.jobs_database)
+        self._report = report
+        self._status = status
+        self._audit = AuditLog(folder.audit_file)
+        self._process: subprocess.Popen[str] | None = None
+        self._job: Job | None = None
+        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._told = ""
+        self._stopping = ""
+        self._not_before = 0.0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="run-manager")
+
+    def start(self) -> None:
+        """Begins; a run that was under way comes first."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the run's process, whose run goes on at the next start."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.wait(TICK):
+                self._tick()
+        finally:
+            self._end_process()
+
+    def _tick(self) -> None:
+        self._hear()
+        if self._process is not None:
+            assert self._job is not None
+            self._obey(self._jobs.get(self._job.id))
+            if self._process is not None and self._process.poll() is not None:
+                self._hear()
+                if self._process is not None:  # it died without a word
+                    self._over("", f"its process ended with status {self._process.returncode}")
+        elif time.monotonic() >= self._not_before and (job := self._next()) is not None:
+            self._begin(job)
+        jobs = {"job": None if self._job is None else self._job.id}
+        self._status(jobs | {"run_pid": None if self._process is None else self._process.pid})
+
+    def _next(self) -> Job | None:
+        jobs = self._jobs.list()
+        under_way = [job for job in jobs if job.state == "running"]
+        for job in under_way:
+            if job.wanted:  # it was ordered while nobody was there to obey
+                state = "paused" if job.wanted == "pause" else "stopped"
+                self._jobs.change(job.id, state=state, wanted="")
+        left = [job for job in under_way if not job.wanted]
+        left += [job for job in jobs if job.state == "queued"]
+        return left[0] if left else None
+
+    def _begin(self, job: Job) -> None:
+        members = self._folder.members()
+        settings = self._folder.settings()
+        run = dict(job.run)
+        run["run"] = {**run.get("run", {}), "store": str(self._folder.store)}
+        table = {
+            "database": str(self._folder.link_database),
+            "manifest_key": str(self._folder.manifest_key),
+            "job": job.id,
+            "run": run,
+            "text": job.text,
+            "resume": job.run_id,
+            "peers": {str(m.node_id): (m.name, m.identity.hex()) for m in members.values()},
+            "sites": job.sites,
+            "wait": float(settings.wait_seconds),
+        }
+        self._job = self._jobs.change(
+            job.id, state="running", attempts=job.attempts + 1, error="", wanted=""
+        )
+        self._told, self._stopping = "", ""
+        self._audit_job("run begins" if not job.run_id else "run goes on")
+        with (self._folder.logs / "run.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", MODULE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+                env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"},
+                start_new_session=True,
+            )
+        self._events = queue.SimpleQueue()
+        assert self._process.stdout is not None
+        reader = threading.Thread(
+            target=_listen, args=(self._process.stdout, self._events), daemon=True
+        )
+        reader.start()
+        self._tell(json.dumps(table))
+
+    def _hear(self) -> None:
+        """Takes note of what the run's process said."""
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                return
+            if self._job is None:
+                continue
+            kind = event.get("event")
+            if kind == "started":
+                self._job = self._jobs.change(self._job.id, run_id=event["run_id"])
+                self._report(f"run {event['run_id']} ({self._job.id})")
+            elif kind == "round":
+                self._job = self._jobs.change(self._job.id, round=event["round"], attempts=0)
+                lost = "".join(
+                    f"; {f['client']} {f['reason']}" for f in event["record"].get("failures", [])
+                )
+                self._report(f"round {event['round']}/{event['of']}{lost}")
+            elif kind == "sites":
+                self._report(f"{len(event['names'])} sites: {', '.join(event['names'])}")
+            elif kind == "refused":
+                self._audit_job("reply", site=event["site"], text=event["text"])
+                self._report(f"{event['site']}: {event['text']}")
+            elif kind == "ended":
+                self._over(event["status"], event.get("error", ""))
+
+    def _obey(self, job: Job) -> None:
+        if not job.wanted or job.wanted == self._told:
+            return
+        self._told = job.wanted
+        if job.wanted == "pause":
+            self._tell("pause")
+            return
+        self._stopping = "stopped"
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGINT)
+
+    def _over(self, status: str, error: str) -> None:
+        """Enters how the process ended; the run may go on."""
+        assert self._job is not None
+        job = self._jobs.get(self._job.id)
+        if self._stopping:
+            status, error = self._stopping, ""
+        if status in ("paused", "interrupted"):
+            status = "paused"
+        final = status in ("paused", "stopped", "finished", "budget_exhausted")
+        if not final and job.attempts < ATTEMPTS:
+            pause = RETRY_SECONDS[min(job.attempts, len(RETRY_SECONDS)) - 1]
+            self._not_before = time.monotonic() + pause
+            self._jobs.change(job.id, error=f"{error}; trying again")
+            self._report(f"{job.id}: {error}; trying again in {pause:g} s")
+        else:
+            state = status if final else "failed"
+            self._jobs.change(job.id, state=state, wanted="", error=error)
+            self._audit_job(f"run {state}", error=error)
+            self._report(f"{job.id} {state}" + (f": {error}" if error else ""))
+        self._end_process()
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    assert stream is not None
+                    stream.close()
+        self._process, self._job = None, None
+
+    def _tell(self, line: str) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def _audit_job(self, event: str, **facts: Any) -> None:
+        assert self._job is not None
+        self._audit.add(event, job=self._job.id, run_id=self._job.run_id, **facts)
+
+
+def write_status(folder: ServerFolder, status: dict[str, Any]) -> None:
+    """Writes what `umbel server status` and a dashboard read, in one step."""
+    signing.replace_file(folder.status_file, json.dumps(status).encode())
+
+
+def _listen(stream: IO[str], events: queue.SimpleQueue[dict[str, Any]]) -> None:
+    with contextlib.suppress(ValueError, OSError):
+        for line in stream:
+            try:
+                event = json.loads(line)
+            except ValueError:  # something that a library printed
+                continue
+            if isinstance(event, dict):
+                events.put(event)

@@ -1,0 +1,146 @@
+"""The process that carries out one run of a server's queue: ``python -m`` this module.
+
+It is told its run, and later orders, on standard input, one JSON object a line, and says what
+happens on standard output in the same way. It ends when the process that started it ends. The run's
+record is in the store; who kills it loses the round under way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from umbel.core import run_file, signing
+from umbel.core.errors import UmbelError
+from umbel.server.records import RoundRecord
+
+PAUSE, STOP = "pause", "stop"
+
+
+class Settings(NamedTuple):
+    """What the process is told.
+
+    Args:
+        database: the link state's file.
+        manifest_key: file of the key that seals requests.
+        job: what the queue calls the run.
+        run: the run file's tables; ``[run] store`` names the server's store.
+        text: the run file as the user wrote it; empty: not known.
+        resume: id of the run in the store; empty: a new one.
+        peers: node id (text) -> (site's name, identity key in hexadecimal digits).
+        sites: whom the run waits for: all of ``peers`` where it is 0.
+        wait: seconds to wait for them.
+    """
+
+    database: str
+    manifest_key: str
+    job: str
+    run: dict[str, Any]
+    text: str
+    resume: str
+    peers: dict[str, tuple[str, str]]
+    sites: int
+    wait: float
+
+
+class Orders:
+    """What was ordered since the start; read in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.pause = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            if line.strip() == PAUSE:
+                self.pause.set()
+        os._exit(1)  # whoever gave the orders is gone
+
+
+def say(event: str, **facts: Any) -> None:
+    """Tells the server what happened."""
+    sys.stdout.write(json.dumps({"event": event, "time": time.time(), **facts}) + "\n")
+    sys.stdout.flush()
+
+
+def carry_out(settings: Settings, orders: Orders) -> str:
+    """Runs the run, to its end or until it is paused; how it ended.
+
+    Raises:
+        UmbelError: what ended it.
+    """
+    from umbel.server.flower.grid import GridFederation
+    from umbel.server.flower.link import LinkGrid, Peer, open_factory, running
+    from umbel.server.serve import serve
+    from umbel.server.store import RunStore
+
+    run = run_file.resolve(settings.run, "run")
+    peers = {
+        int(node): Peer(name, bytes.fromhex(key)) for node, (name, key) in settings.peers.items()
+    }
+    state = open_factory(Path(settings.database)).state()
+    key = signing.read_key(Path(settings.manifest_key))
+
+    def refused(site: str, text: str) -> None:
+        say("refused", site=site, text=text)
+
+    def on_round(record: RoundRecord) -> None:
+        say("round", round=record.round, of=run.run.rounds, record=record.as_json())
+        if orders.pause.is_set() and record.round < run.run.rounds:
+            raise KeyboardInterrupt
+
+    with running(state) as link:
+        grid = LinkGrid(state, link, settings.job, key, peers, refused)
+        sites = settings.sites or len(peers)
+        federation = GridFederation(grid, run, sites=sites, wait=settings.wait)
+        say("sites", names=list(federation.clients()))
+        started: list[str] = []
+
+        def on_start(run_id: str) -> None:
+            started.append(run_id)
+            say("started", run_id=run_id)
+
+        try:
+            serve(
+                run,
+                federation,
+                federation.info,
+                engine="deployment",
+                resume=settings.resume or None,
+                text=settings.text or None,
+                on_start=on_start,
+                on_round=on_round,
+            )
+        except KeyboardInterrupt:
+            return "paused"
+    store = RunStore(run.run.store)
+    try:
+        return store.get(started[0]).status  # a privacy budget may have ended it
+    finally:
+        store.close()
+
+
+def main() -> int:
+    """The entry point."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    settings = Settings(**json.loads(sys.stdin.readline()))
+    orders = Orders()
+    try:
+        say("ended", status=carry_out(settings, orders))
+    except UmbelError as error:
+        say("ended", status="failed", error=str(error), exit_code=error.exit_code)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
