@@ -7,22 +7,8 @@ import torch
 from umbel.core.errors import InputError
 from umbel.core.payloads import Updates
 from umbel.core.run_file import Privacy
-from umbel.privacy.clipping import Clip, FlatClip, even_layers
+from umbel.privacy.clipping import zeroing
 from umbel.privacy.sources import Sources
-
-
-def clip_of(section: Privacy, names: list[str], clip_norm: float | None = None) -> Clip:
-    """What bounds a client's delta; a delta that is not finite counts as zero.
-
-    Args:
-        section: ``[privacy]``.
-        names: of the parameters.
-        clip_norm: of this round; ``None``: the section's.
-    """
-    bound = section.clip_norm if clip_norm is None else clip_norm
-    if section.clipping == "per-layer":
-        return even_layers(bound, names, "zero")
-    return FlatClip(bound, "zero")
 
 
 def release(updates: Updates, section: Privacy, buffers: set[str], sources: Sources) -> Updates:
@@ -43,7 +29,8 @@ def release(updates: Updates, section: Privacy, buffers: set[str], sources: Sour
             fix="whoever conducts a run sets noise_multiplier before it starts",
         )
     params = {name: t for name, t in updates.delta.items() if name not in buffers}
-    clipped = clip_of(section, list(params))(params, stacked=True).tree
+    clip = zeroing(section.clip_norm, list(params), section.clipping == "per-layer")
+    clipped = clip(params, stacked=True).tree
     std = section.noise_multiplier * section.clip_norm
     rows = [
         sources(updates.round, client).add_gaussian({n: t[row] for n, t in clipped.items()}, std)

@@ -11,9 +11,7 @@ denominator.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,38 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from umbel.client import devices, optimizers
-from umbel.client.batches import steps_of
 from umbel.core.errors import InputError
 from umbel.core.run_file import Privacy, RunFile
 from umbel.core.trees import Tree, map_tree
-from umbel.privacy.adaptive_clipping import AdaptiveClip, split
+from umbel.privacy.adaptive_clipping import AdaptiveClip, count_std, split
 from umbel.privacy.noise import normals
+from umbel.privacy.participation import plan
 from umbel.privacy.per_example import clipped
 from umbel.privacy.per_example.choose import choose
 from umbel.privacy.per_example.clipped import Bounds, ClippedSum, Forward, Method
 from umbel.privacy.sources import Source, Sources, poisson
 from umbel.strategies.parts import ClientRule, Local
 from umbel.tasks.task import Batch, Task
-
-
-class Plan(NamedTuple):
-    """How one client of ``n`` examples takes part in one round.
-
-    Args:
-        parts: an example is in a batch with probability 1 / parts: so many batches are one
-            expected pass, and the expected batch is at most ``batch_size``.
-        steps: batches in a round, empty ones included.
-    """
-
-    parts: int
-    steps: int
-
-
-def plan(run: RunFile, n: int) -> Plan:
-    """The plan of a client that holds ``n`` examples: a function of the run file and ``n``."""
-    size = run.client.batch_size
-    parts = 1 if size == "full" else -(-n // size)
-    return Plan(parts, int(steps_of(n, size, *run.round_length)))
 
 
 class PrivateSteps:
@@ -105,7 +83,7 @@ class PrivateSteps:
             rows = poisson(source.stream, n, own.parts)
             found = self._sum(columns, rows, clip.bounds)
             noisy = source.add_gaussian(found.total, clip.std)
-            gradient = map_tree(lambda t: t / clip.expected, noisy)
+            gradient: Tree = map_tree(lambda t: t / clip.expected, noisy)
             clip.follow(found.short, len(rows), source)
             gradient = self._with_rule(gradient, anchor)
             optimizer.step(stacked, [gradient[name][None] for name in self._params])
@@ -180,17 +158,6 @@ class _Clip:
             return
         noise = self._count_std * float(normals(source.stream, 1)[0])
         self._norm = self._rule.update(self._norm, short - came / 2 + noise, self.expected)
-
-
-def count_std(noise_multiplier: float, expected: float) -> float:
-    """Absolute std on the count of units that were not clipped: a twentieth of those expected.
-
-    Or what leaves the contributions no more than 1 % more noise, where that is larger.
-
-    Source: Andrew et al. 2021, section 3.1 (arXiv:1905.03871).
-    """
-    # z_delta <= 1.01 z where (2 b)^-2 <= (1 - 1.01^-2) z^-2
-    return max(expected / 20, noise_multiplier / (2 * math.sqrt(1 - 1.01**-2)))
 
 
 PARAMETERS_ALONE = frozenset({"loss_terms", "grad_transforms"})

@@ -116,3 +116,14 @@ def split(noise_multiplier: float, count_std: float) -> Split:
             fix=f"use more than {noise_multiplier / 2:g}; a twentieth of the cohort is usual",
         )
     return Split(rest**-0.5, count_std)
+
+
+def count_std(noise_multiplier: float, expected: float) -> float:
+    """Absolute std on the count of units that were not clipped: a twentieth of those expected.
+
+    Or what leaves the contributions no more than 1 % more noise, where that is larger.
+
+    Source: Andrew et al. 2021, section 3.1 (arXiv:1905.03871).
+    """
+    # z_delta <= 1.01 z where (2 b)^-2 <= (1 - 1.01^-2) z^-2
+    return max(expected / 20, noise_multiplier / (2 * math.sqrt(1 - 1.01**-2)))

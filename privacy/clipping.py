@@ -130,6 +130,17 @@ def even_layers(clip_norm: float, names: list[str], not_finite: NotFinite = "err
     return LayerClip(dict.fromkeys(names, math.nextafter(each, 0.0)), not_finite)
 
 
+def zeroing(clip_norm: float, names: list[str], per_layer: bool) -> Clip:
+    """A clip under which what is not finite contributes nothing: what goes on whatever comes.
+
+    Args:
+        clip_norm: bound on the whole.
+        names: of the tree.
+        per_layer: whether the tensors share the bound evenly.
+    """
+    return even_layers(clip_norm, names, "zero") if per_layer else FlatClip(clip_norm, "zero")
+
+
 def check_clip_norm(clip_norm: float) -> None:
     """Raises an InputError unless ``clip_norm`` is finite and positive."""
     if not (clip_norm > 0 and math.isfinite(clip_norm)):

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,13 @@ import numpy as np
 from umbel.core.errors import InputError, RefusedError, RunError
 from umbel.privacy.accounting import (
     F64,
-    ORDERS,
     Accountant,
     Epsilon,
+    History,
     check_delta,
     epsilon,
     pld_epsilon,
-    rdp_vector,
+    rdp_total,
     to_epsilon,
 )
 from umbel.privacy.entries import EVERY_CLIENT, Entry, Line, chain
@@ -53,20 +53,28 @@ class Spent(NamedTuple):
 
 
 class _Account:
-    """What one client has spent: how often each mechanism ran, and its Renyi divergences."""
+    """What one client has spent: how often each mechanism ran.
+
+    The divergences are those of the mechanisms, which clients share, times the counts: a hundred
+    thousand clients are a hundred thousand small counters.
+    """
+
+    __slots__ = ("history",)
 
     def __init__(self) -> None:
         self.history: Counter[Mechanism] = Counter()
-        self.rdp: F64 = np.zeros(len(ORDERS))
+
+    @property
+    def rdp(self) -> F64:
+        """The Renyi divergences, shape (orders,)."""
+        return rdp_total(self.history)
 
     def add(self, mechanism: Mechanism, steps: int) -> None:
         self.history[mechanism] += steps
-        self.rdp = self.rdp + steps * rdp_vector(mechanism)
 
     def plus(self, other: _Account) -> _Account:
         both = _Account()
         both.history = self.history + other.history
-        both.rdp = self.rdp + other.rdp
         return both
 
 
@@ -80,6 +88,8 @@ class Ledger:
         relation: the neighbouring relation; fixed for ever.
         delta: at which epsilon is bounded.
         budget: the most epsilon at that delta, for each client; ``None``: no limit.
+        planned: client -> what it will have spent when all goes as planned. Who is within a plan
+            that is within the budget needs no PLD of its own.
 
     Raises:
         InputError: the file is another ledger's, or cannot be written; or a number is out of
@@ -95,6 +105,7 @@ class Ledger:
         relation: Relation,
         delta: float,
         budget: float | None = None,
+        planned: Callable[[str], History] | None = None,
     ) -> None:
         check_delta(delta)
         if budget is not None and not (budget > 0 and math.isfinite(budget)):
@@ -103,6 +114,7 @@ class Ledger:
             )
         self.owner, self.unit, self.relation = owner, unit, relation
         self.delta, self.budget = delta, budget
+        self._planned = planned or (lambda client: {})
         about = {"owner": owner, "unit": unit, "relation": relation}
         self._file = LedgerFile(Path(path), about)
         self._lock = threading.RLock()
@@ -178,10 +190,10 @@ class Ledger:
             return epsilon(self._account(client).history, self.delta, accountant)
         return self._headline(accountant)[0]
 
-    def report(self) -> dict[str, Any]:
-        """All that a reader needs to judge the guarantee, by PLD, as plain values."""
+    def report(self, accountant: Accountant = "pld") -> dict[str, Any]:
+        """All that a reader needs to judge the guarantee, as plain values."""
         self._look()
-        headline, client = self._headline("pld")
+        headline, client = self._headline(accountant)
         count, steps = 0, 0
         purposes: Counter[str] = Counter()
         generators, reasons = set[str](), set[str]()
@@ -303,6 +315,8 @@ class Ledger:
         online = to_epsilon(np.stack([after[n].rdp for n in names]), self.delta)
         for i in np.flatnonzero(~(online <= self.budget)):
             name = names[i]
+            if self._within_plan(name, after[name].history):
+                continue
             would = min(float(online[i]), pld_epsilon(after[name].history, self.delta))
             if would <= self.budget:
                 continue
@@ -315,6 +329,13 @@ class Ledger:
                 fix="keep the model that there is; more needs a larger budget, or data that "
                 "was not used before",
             )
+
+    def _within_plan(self, client: str, history: History) -> bool:
+        plan = self._planned(client)
+        if not plan or any(times > plan.get(m, 0) for m, times in history.items()):
+            return False
+        assert self.budget is not None
+        return pld_epsilon(plan, self.delta) <= self.budget
 
     def _bounds(self, accounts: Sequence[_Account]) -> list[float]:
         if not accounts:

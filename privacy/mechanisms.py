@@ -14,11 +14,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias, get_args
-
-import dp_accounting
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from umbel.core.errors import InputError
+
+if TYPE_CHECKING:  # it takes a second to load, and a client that clips needs none of it
+    import dp_accounting
 
 Unit: TypeAlias = Literal["example", "client"]
 Relation: TypeAlias = Literal["add-or-remove-one", "replace-one", "zero-out"]
@@ -154,6 +155,8 @@ class Concentrated:
 
     def event(self) -> dp_accounting.DpEvent:
         """The event of one release."""
+        import dp_accounting
+
         if math.isinf(self.rho):
             return dp_accounting.NonPrivateDpEvent()
         return dp_accounting.ZCDpEvent(self.rho)
@@ -203,6 +206,8 @@ class SkellamSum:
 
     def event(self) -> dp_accounting.DpEvent:
         """Of this no accountant of ``dp_accounting`` knows; see :meth:`divergence`."""
+        import dp_accounting
+
         if not self.variance and self.l2:
             return dp_accounting.NonPrivateDpEvent()
         return dp_accounting.UnsupportedDpEvent()
@@ -251,6 +256,8 @@ def parse(text: str) -> Mechanism:
 
 
 def _gaussian(noise_multiplier: float, rate: float) -> dp_accounting.DpEvent:
+    import dp_accounting
+
     if rate == 0:
         return dp_accounting.NoOpDpEvent()
     if noise_multiplier == 0:

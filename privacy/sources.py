@@ -69,7 +69,7 @@ def _seeded(tree: Tree, std: float, generator: torch.Generator) -> dict[str, tor
         return dict(tree)
     names = sorted(tree)
     sizes = [tree[name].numel() for name in names]
-    drawn = torch.empty(sum(sizes)).normal_(generator=generator).split(sizes)
+    drawn = torch.split(torch.empty(sum(sizes)).normal_(generator=generator), sizes)
     noise = dict(zip(names, drawn, strict=True))
     return {
         name: t.add(noise[name].view(t.shape).to(t.device, t.dtype), alpha=std)

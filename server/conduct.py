@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from umbel.core.errors import UmbelError
+from umbel.core.errors import RefusedError, UmbelError
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
@@ -17,6 +17,10 @@ from umbel.server.rounds import Evaluate, Start, rounds
 from umbel.server.stopping import Patience, Until
 from umbel.server.store import RunStore
 from umbel.strategies.parts import Strategy
+
+if TYPE_CHECKING:
+    from umbel.privacy.sources import Sources
+    from umbel.server.private import Guard
 
 
 def never(record: RoundRecord) -> str:
@@ -35,6 +39,7 @@ def conduct(
     on_round: Callable[[RoundRecord], None],
     commit_seconds: float,
     until: Until = never,
+    sources: Sources | None = None,
 ) -> Ended:
     """Runs what is left of a run, and ends it in the store, however it ends.
 
@@ -50,15 +55,20 @@ def conduct(
         commit_seconds: at least this long between two commits; 0 commits every round.
         until: asked after each round, before it is committed, besides the run file's own
             ``early_stopping``; a reason ends the run as finished.
+        sources: of the server's own noise, where ``[privacy]`` asks for it; ``None``: the operating
+            system.
 
     Returns:
-        ``finished``, or ``interrupted`` by Ctrl-C.
+        ``finished``; ``interrupted`` by Ctrl-C; ``budget_exhausted``: the next round would pass the
+        privacy budget, and the model is that of the last.
     Raises:
         UmbelError: what ended the run; its committed rounds stay in the store.
     """
     status: Ended = "failed"
     error = ""
+    guard: Guard | None = None
     try:
+        guard = _guard(store, run_id, run, strategy, federation, model, sources)
         saved = store.latest(run_id)
         if saved is None:
             start = Start(0, model, strategy.init(model.params))
@@ -71,7 +81,7 @@ def conduct(
             patience = Patience(run.evaluate.early_stopping)
             for record in store.history(run_id):
                 stopped = patience(record)
-        going_on = rounds(run, strategy, federation, start, evaluate)
+        going_on = rounds(run, strategy, federation, start, evaluate, guard=guard)
         for result in () if stopped else going_on:
             now = time.monotonic()
             why = patience(result.record) or until(result.record)
@@ -91,6 +101,11 @@ def conduct(
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
+    except RefusedError as refusal:
+        if guard is None or not guard.exhausted:
+            error = str(refusal)
+            raise
+        status, error = "budget_exhausted", str(refusal)
     except UmbelError as problem:
         error = str(problem)
         raise
@@ -99,4 +114,32 @@ def conduct(
         raise
     finally:
         store.finish(run_id, status, error=error)
+        if guard is not None:
+            store.keep_privacy(run_id, guard.report())
     return status
+
+
+def _guard(
+    store: RunStore,
+    run_id: str,
+    run: RunFile,
+    strategy: Strategy,
+    federation: Federation,
+    model: Model,
+    sources: Sources | None,
+) -> Guard | None:
+    if run.privacy.unit == "none":
+        return None
+    from umbel.privacy.sources import system_sources
+    from umbel.server.private import Guard  # accountants take seconds to load
+
+    return Guard(
+        run,
+        strategy,
+        model,
+        federation.clients(),
+        federation.examples(),
+        sources or system_sources(),
+        store.folder / run_id,
+        run_id,
+    )

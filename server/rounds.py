@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -16,10 +16,14 @@ from umbel.core.payloads import Failure, Federation, Folded, States, TrainPlan, 
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, Tree, add_cast, flatten, unflatten
 from umbel.server.gate import Gate, weight_cap
+from umbel.server.private_sum import Parts, Terms, private_sum
 from umbel.server.records import RoundRecord, RoundResult, Scores
 from umbel.server.sampling import cohort_size, sample
 from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import Combined, Combiner, ServerState, Strategy
+
+if TYPE_CHECKING:  # accountants take seconds to load
+    from umbel.server.private import Guard
 
 Evaluate: TypeAlias = Callable[[int, Model], Scores]
 """(round, model) -> scores."""
@@ -44,6 +48,7 @@ def rounds(
     evaluate: Evaluate,
     run_id: str = "",
     states: States | None = None,
+    guard: Guard | None = None,
 ) -> Iterator[RoundResult]:
     """Runs the rounds after ``start`` and yields each when it is done.
 
@@ -58,9 +63,11 @@ def rounds(
         evaluate: (round, model) -> scores.
         run_id: under which clients keep their own tensors.
         states: where clients in process do.
+        guard: keeps ``[privacy]``; ``None`` where there is none.
 
     Raises:
         InputError: the cohort is larger than the federation.
+        RefusedError: the next round would pass the privacy budget.
         RunError: three rounds in a row, or all, without one valid update.
     """
     clients = federation.clients()
@@ -68,17 +75,27 @@ def rounds(
     cap = weight_cap(federation.examples(), run.strategy.max_weight)
     fold = None if strategy.combine.merge is None else Fold(run.strategy, cap)
     quorum = max(run.strategy.quorum or 1, strategy.combine.fewest)
+    terms, epsilon = Terms(strategy.combine, None), None
     _, model, state = start
+    if guard is not None:
+        guard.restore(state)
+        quorum = guard.quorum(quorum)
     empty = 0
     for number in range(start.round + 1, run.run.rounds + 1):
         began = time.perf_counter()
-        asked = sample(clients, run.strategy, run.run.seed, number)
+        if guard is None:
+            asked = sample(clients, run.strategy, run.run.seed, number)
+        else:
+            asked = guard.asked(number)
+            epsilon = guard.spend(number, asked)
+            terms = guard.terms(number)
+            fold = None if fold is None else replace(fold, parts=terms.parts)
         travelling = strategy.travelling(model)
         plan = TrainPlan(
             number,
             asked,
             travelling,
-            wanted,
+            wanted if guard is None else guard.wanted(wanted, asked),
             run.strategy.deadline,
             fold,
             broadcast(strategy, travelling, state),
@@ -87,7 +104,7 @@ def rounds(
             states,
         )
         gate = Gate(number, asked, plan.expected(), cap)
-        cohort = collect(federation.train(plan), gate, strategy.combine, plan, run.strategy.weights)
+        cohort = collect(federation.train(plan), gate, terms.combine, plan, run.strategy.weights)
         note = ""
         if len(cohort.participants) < quorum:
             why = {f.reason for f in cohort.failures}
@@ -96,12 +113,17 @@ def rounds(
                 f"quorum missed: {len(cohort.participants)} of {quorum}{all_say}; the model stays"
             )
         else:
-            combined = strategy.combine.finish(cohort.sums)._replace(population=len(clients))
+            combined = terms.combine.finish(cohort.sums)._replace(population=len(clients))
             stepped, new_state = step(strategy, model, state, combined)
             if is_finite(stepped):
+                cohort.totals |= observed(strategy, model, combined)
+                if run.task.adapter is not None:
+                    require_moved(number, combined)
                 model, state = stepped, new_state
             else:
                 note = "the step would overflow; the model stays"
+            if guard is not None:
+                state = guard.keep(state)
         due = number == run.run.rounds or (
             run.evaluate.every > 0 and number % run.evaluate.every == 0
         )
@@ -112,16 +134,15 @@ def rounds(
             participants=cohort.participants,
             failures=[*cohort.failures, *scores.failures],
             capped=cohort.capped,
-            training=cohort.training(),
+            # Means over training examples are a release that nobody paid for.
+            training=cohort.training() if guard is None else {},
             metrics=scores.metrics,
             per_client=scores.per_client,
             note=note,
-                cohort.totals |= observed(strategy, model, combined)
-                if run.task.adapter is not None:
-                    require_moved(number, combined)
+            epsilon=epsilon,
         )
         yield RoundResult(record, model, state)
-        empty = 0 if cohort.participants else empty + 1
+        empty = 0 if cohort.participants or not asked else empty + 1
         if empty == min(EMPTY_ROUNDS, run.run.rounds):
             raise nobody(number, empty, cohort.failures)
 
@@ -185,21 +206,27 @@ class Fold:
     Args:
         section: the strategy.
         cap: the most that one client may weigh.
+        parts: of a private sum; ``None``: the strategy's own combiner.
     """
 
     section: run_file.Strategy
     cap: float
+    parts: Parts | None = None
 
     def __call__(self, plan: TrainPlan, stream: Iterator[Updates | Failure]) -> Cohort:
         """What the clients of ``plan`` came to."""
         gate = Gate(plan.round, plan.clients, plan.expected(), self.cap)
-        combiner = _combiner(self.section.model_dump_json())
+        combiner = _combiner(self.section.model_dump_json(), self.parts)
         return collect(stream, gate, combiner, plan, self.section.weights)
 
 
 @lru_cache(maxsize=8)
-def _combiner(section: str) -> Combiner:
+def _strategy(section: str) -> Combiner:
     return build_strategy(run_file.Strategy.model_validate_json(section)).combine
+
+
+def _combiner(section: str, parts: Parts | None) -> Combiner:
+    return _strategy(section) if parts is None else private_sum(parts)
 
 
 def collect(
@@ -275,25 +302,11 @@ def step(
     buffers = {
         name: add_cast(b, delta[name]) if name in delta else b for name, b in model.buffers.items()
     }
+    if strategy.buffers is not None:
+        buffers |= strategy.buffers(model, trained)
     return Model({**model.params, **params}, buffers), state
 
 
-def is_finite(model: Model) -> bool:
-    """Whether every floating-point value of the model is finite."""
-    tensors = model.tensors().values()
-    return all(bool(t.isfinite().all()) for t in tensors if t.dtype.is_floating_point)
-
-
-def nobody(number: int, empty: int, failures: Sequence[Failure]) -> RunError:
-    """The error of a run in which no client delivers."""
-    first = f"; client '{failures[0].client}': {failures[0].reason}" if failures else ""
-    return RunError(
-        f"no valid update in {empty} round(s) in a row{first}",
-        where=f"round {number}",
-        fix="a diverging model needs a smaller [client] lr; else mend what the clients report",
-    )
-    if strategy.buffers is not None:
-        buffers |= strategy.buffers(model, trained)
 def _trained(model: Model, combined: Combined) -> tuple[Tree, Combined]:
     """The parameters that travelled, and what was combined of them, the rest as ``extra``."""
     delta = combined.delta
@@ -326,3 +339,17 @@ def require_moved(number: int, combined: Combined) -> None:
         )
 
 
+def is_finite(model: Model) -> bool:
+    """Whether every floating-point value of the model is finite."""
+    tensors = model.tensors().values()
+    return all(bool(t.isfinite().all()) for t in tensors if t.dtype.is_floating_point)
+
+
+def nobody(number: int, empty: int, failures: Sequence[Failure]) -> RunError:
+    """The error of a run in which no client delivers."""
+    first = f"; client '{failures[0].client}': {failures[0].reason}" if failures else ""
+    return RunError(
+        f"no valid update in {empty} round(s) in a row{first}",
+        where=f"round {number}",
+        fix="a diverging model needs a smaller [client] lr; else mend what the clients report",
+    )

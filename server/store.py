@@ -6,6 +6,7 @@ A store is a folder::
     runs/20261122-120102-digits-3f9a/
         run.toml                                    the run file as the user wrote it
         run.json · versions.json                    the resolved configuration; what it ran with
+        ledger.db · privacy.json                    what was spent of whose privacy, where it counts
         checkpoints/round-000012.safetensors        the last two
         model.safetensors                           the model, when the run has ended
 
@@ -39,6 +40,8 @@ from umbel.server.entries import Ended, RunEntry
 if TYPE_CHECKING:  # torch and pydantic are loaded only where they are used
     from umbel.core.run_file import RunFile
     from umbel.server.records import RoundRecord, RoundResult
+
+PRIVACY = "privacy.json"
 
 
 class RunStore:
@@ -118,6 +121,19 @@ class RunStore:
         """Enters how the engine computes, before the first round that it computed is committed."""
         with self._database.write() as connection:
             journal.update(connection, run_id, {"engine_plan": json.dumps(dict(plan))})
+
+    def keep_privacy(self, run_id: str, report: Mapping[str, Any]) -> None:
+        """Writes what a run has spent, for whoever looks at it."""
+        with translated(self.folder):
+            _write_text(self.folder / run_id / PRIVACY, json.dumps(dict(report), indent=2))
+
+    def privacy(self, run_id: str) -> dict[str, Any] | None:
+        """What a run has spent, as it was when it last ended; ``None`` without ``[privacy]``."""
+        path = self.folder / run_id / PRIVACY
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     def commit(self, run_id: str, result: RoundResult, *, checkpoint: bool) -> None:
         """Commits a round with its checkpoint, or holds it back until the next one that has.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -52,6 +54,7 @@ def prepare(run: RunFile) -> Prepared:
     module = initial_module(task, run.run.seed)
     metrics = _try(task, module, data)
     _check_evaluation(run, data, metrics)
+    run = _private(run, data, task, strategy, module)
     return Prepared(run, data, task, strategy, module, metrics)
 
 
@@ -87,7 +90,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         "memory_bytes": data_bytes + 3 * model.bytes() + state_bytes + 4 * model.bytes(),
         "base_model": base_hash(prepared.module),
         "metrics": list(prepared.metrics),
-        "privacy": None,
+        "privacy": _privacy(run, sizes),
         "notes": _notes(prepared, cohort),
     }
 
@@ -117,6 +120,36 @@ def _notes(prepared: Prepared, cohort: int) -> list[str]:
     if data.test is None and data.client_test is None:
         notes.append("no test examples: set [data] holdout or client_holdout")
     return notes
+
+
+def _private(
+    run: RunFile, data: FederatedData, task: Task, strategy: Strategy, module: nn.Module
+) -> RunFile:
+    """The run, calibrated; refuses what ``[privacy]`` does not cover."""
+    if run.privacy.unit == "none":
+        return run
+    from umbel.client.private import check_rule  # accountants take seconds to load
+    from umbel.client.private_model import check_model
+    from umbel.server import private_plan
+    from umbel.server.private_sum import check_mean
+
+    private_plan.check(run, len(data.names))
+    if run.privacy.unit == "example":
+        check_rule(strategy.client)
+    else:
+        check_mean(strategy, run.strategy.name, model_of(module).params)
+    index = data.train_holdings.index[:2]
+    batch = {n: torch.from_numpy(c) for n, c in take(data.train, index).items()}
+    check_model(run, task, module, batch)
+    return private_plan.calibrated(run, data.train_holdings.sizes())
+
+
+def _privacy(run: RunFile, sizes: npt.NDArray[np.int64]) -> dict[str, Any] | None:
+    if run.privacy.unit == "none":
+        return None
+    from umbel.server import private_plan
+
+    return private_plan.describe(run, sizes, "seeded")
 
 
 def _try(task: Task, module: nn.Module, data: FederatedData) -> tuple[str, ...]:

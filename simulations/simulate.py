@@ -15,6 +15,7 @@ from umbel.core.errors import InputError
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.core.versions import versions
+from umbel.privacy.sources import seeded_sources
 from umbel.server.conduct import conduct, never
 from umbel.server.entries import RunEntry
 from umbel.server.evaluation import evaluation
@@ -100,11 +101,14 @@ def simulate(
     began = time.monotonic()
     make_engine = registry.find("engines", engine, "--engine")
     run = located(run)
-    prepared = prepare(run)
-    base = base_hash(prepared.module)
     store = RunStore(run.run.store)
     if resume is not None:
         entry = store.get(resume)
+        run = _as_noisy(run, entry.run)
+    prepared = prepare(run)
+    run = prepared.run
+    base = base_hash(prepared.module)
+    if resume is not None:
         resume = entry.run_id
         _same_run(run, entry.run, resume)
         _same_base(base, entry)
@@ -135,6 +139,7 @@ def simulate(
             lambda record: on_round(record, run.run.rounds),
             run.run.checkpoint_seconds,
             until,
+            seeded_sources(run.run.seed) if run.privacy.unit != "none" else None,
         )
     finally:
         federation.close()
@@ -150,6 +155,15 @@ def check(run: RunFile) -> dict[str, Any]:
         InputError: as :func:`simulate`.
     """
     return plan(prepare(located(run)))
+
+
+def _as_noisy(run: RunFile, stored: RunFile) -> RunFile:
+    """The run with the noise that the stored one was calibrated to: more rounds do not change it,
+    and end with the budget."""
+    if run.privacy.unit == "none" or run.privacy.noise_multiplier is not None:
+        return run
+    noise = {"noise_multiplier": stored.privacy.noise_multiplier}
+    return run.model_copy(update={"privacy": run.privacy.model_copy(update=noise)})
 
 
 def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
@@ -216,6 +230,7 @@ def _outcome(store: RunStore, run_id: str, status: str, seconds: float) -> Outco
         seconds=seconds,
         metrics=scored[-1].metrics if scored else {},
         per_client=scored[-1].per_client if scored else {},
+        privacy=store.privacy(run_id),
         model=str(model) if Path(model).exists() else None,
         history=history,
     )

@@ -123,7 +123,7 @@ def _tap(name: str, taps: list[_Tap], begins: list[Tensor]) -> Any:
             begins.append(begin)
             output = output.add_(begin)
         gradient: list[Tensor] = []
-        output.register_hook(gradient.append)
+        output.register_hook(gradient.append)  # type: ignore[no-untyped-call]
         x = inputs[0].detach()
         taps.append(_Tap(name, x, x._version, gradient))
         return output
