@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import pydantic
@@ -101,6 +101,31 @@ class Problem(Settings):
     def reason(self) -> str:
         """For people."""
         return f"{PROBLEMS[self.error]} ({self.exception})"
+
+
+TAKE, GIVE = "/v1/fleet/take", "/v1/fleet/give"
+"""A message each way in one request: what Umbel's sites use where their server has it."""
+
+
+def write_frames(frames: Sequence[bytes]) -> bytes:
+    """Several documents as one."""
+    return b"".join(part for f in frames for part in (len(f).to_bytes(8, "big"), f))
+
+
+def read_frames(document: bytes) -> list[bytes]:
+    """The inverse of :func:`write_frames`.
+
+    Raises:
+        ValueError: the document was cut short.
+    """
+    frames, place = [], 0
+    while place < len(document):
+        start = place + 8
+        place = start + int.from_bytes(document[place:start], "big")
+        if place > len(document):
+            raise ValueError("cut short")
+        frames.append(document[start:place])
+    return frames
 
 
 R = TypeVar("R", Hello, Answer)

@@ -8,10 +8,12 @@ and no further, redirects are not followed, and no app is ever fetched.
 from __future__ import annotations
 
 import hashlib
+import json
 import ssl
 import threading
 import time
 from base64 import b64encode
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
@@ -41,10 +43,14 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
+from umbel.core.messages import GIVE, TAKE, read_frames, write_frames
+
 MEDIA = "application/protobuf"
 SMALL = 1 << 20
 """Bytes of a response that carries no object."""
 BEAT_SECONDS = 8.0
+TAKE_SECONDS = 60.0
+"""How long a message may take to arrive, beside the wait for one."""
 OBJECT_SECONDS = 60.0
 """How long an object that the server has not stored yet is waited for."""
 
@@ -68,10 +74,17 @@ class TooLargeError(Exception):
 
 
 class Delivery(NamedTuple):
-    """A message on its way: without content, and what its content consists of."""
+    """A message on its way.
+
+    Args:
+        message: without content.
+        tree: what the content consists of.
+        contents: the parts that came with it, by name; none: they are to be fetched.
+    """
 
     message: Message
     tree: message_pb2.ObjectTree
+    contents: dict[str, bytes]
 
 
 class Fleet:
@@ -99,6 +112,7 @@ class Fleet:
         self._public = b64encode(pem).decode("ascii")
         self._node = Node(node_id=node_id)
         self._skew = timedelta()
+        self._plain = False  # whether the server is Flower's own, without take and give
         self._client = httpx.Client(
             base_url=f"https://{server}",
             verify=context,
@@ -148,7 +162,41 @@ class Fleet:
         reply = self._call("pull-messages", request, fleet_pb2.PullMessagesResponse)
         if not reply.messages_list:
             return None
-        return Delivery(message_from_proto(reply.messages_list[0]), reply.message_object_trees[0])
+        message = message_from_proto(reply.messages_list[0])
+        return Delivery(message, reply.message_object_trees[0], {})
+
+    def take(self, wait: float, have: Sequence[str] | None, largest: int) -> Delivery | None:
+        """The next message with its parts, as soon as there is one; ``None``: there was none.
+
+        A server that is plain Flower is asked by :meth:`next`, which does not wait.
+
+        Args:
+            wait: seconds to wait for one.
+            have: at the first time after a start: the messages that are kept here.
+            largest: bytes that it may have.
+        Raises:
+            LostError, DeniedError; TooLargeError: it has more.
+        """
+        if self._plain:
+            return self.next()
+        table = {"wait": wait, "have": have}
+        body, timeout = json.dumps(table).encode(), wait + TAKE_SECONDS
+        try:
+            answer = self._request(TAKE, body, largest + SMALL, timeout)
+        except GoneError:
+            self._plain = True
+            return self.next()
+        if not answer:
+            return None
+        try:
+            head, *contents = read_frames(answer)
+            reply = fleet_pb2.PullMessagesResponse.FromString(head)
+            message, tree = reply.messages_list[0], reply.message_object_trees[0]
+            parts = dict.fromkeys(part.object_id for part in iterate_object_tree(tree))
+            held = dict(zip(parts, contents, strict=True))
+        except (ValueError, IndexError, DecodeError):
+            raise LostError("the server's message cannot be read") from None
+        return Delivery(message_from_proto(message), tree, held)
 
     def fetch(self, delivery: Delivery, largest: int) -> Message:
         """The message with its content, each part of which has the hash that names it.
@@ -164,8 +212,14 @@ class Fleet:
         left = largest
         for part in iterate_object_tree(delivery.tree):
             if part.object_id not in contents:
-                content = self._object(run_id, part.object_id, left)
+                content = delivery.contents.get(part.object_id)
+                if content is None:
+                    content = self._object(run_id, part.object_id, left)
                 left -= len(content)
+                if left < 0:
+                    raise TooLargeError(f"the message is larger than {largest} bytes")
+                if hashlib.sha256(content).hexdigest() != part.object_id:
+                    raise GoneError("a part of the message was changed")
                 contents[part.object_id] = content
         try:
             whole = inflate_object_from_contents(number, contents)
@@ -178,11 +232,14 @@ class Fleet:
         return whole
 
     def confirm(self, delivery: Delivery) -> None:
-        """Says that the message is kept here and need not be kept there.
+        """Says that the message is kept here and need not be kept there; after :meth:`take` no
+        word is needed.
 
         Raises:
             LostError, DeniedError, GoneError.
         """
+        if delivery.contents:
+            return
         request = message_pb2.ConfirmMessageReceivedRequest(
             node=self._node,
             run_id=delivery.message.metadata.run_id,
@@ -210,6 +267,11 @@ class Fleet:
                 message_object_trees=[tree],
                 clientapp_runtime_list=[seconds],
             )
+            if not self._plain:
+                parts = dict.fromkeys(part.object_id for part in iterate_object_tree(tree))
+                frames = [request.SerializeToString(), *(objects[p].deflate() for p in parts)]
+                self._request(GIVE, write_frames(frames), SMALL, None)
+                return
             answer = self._call("push-messages", request, fleet_pb2.PushMessagesResponse)
             for wanted in answer.objects_to_push:
                 push = message_pb2.PushObjectRequest(
@@ -239,10 +301,6 @@ class Fleet:
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
         content: bytes = reply.object_content
-        if len(content) > largest:
-            raise TooLargeError(f"the message is larger than {largest} bytes")
-        if hashlib.sha256(content).hexdigest() != object_id:
-            raise GoneError("a part of the message was changed")
         return content
 
     def _call(
@@ -255,17 +313,7 @@ class Fleet:
         timeout: float | None = None,
     ) -> P:
         body = request.SerializeToString(deterministic=True)
-        for attempt in (0, 1):
-            status, date, content = self._post(name, body, largest, timeout)
-            if status == 401 and attempt == 0 and self._corrected(date):
-                continue
-            break
-        if status == 401:
-            raise DeniedError("the server does not know this site's key, or it was revoked")
-        if status in (400, 403, 404, 409, 410, 412, 422):
-            raise GoneError(f"the server answers {status} to {name}")
-        if status != 200:
-            raise LostError(f"the server answers {status} to {name}")
+        content = self._request(f"/v1/fleet/{name}", body, largest, timeout)
         reply = kind()
         try:
             reply.ParseFromString(content)
@@ -273,8 +321,22 @@ class Fleet:
             raise LostError(f"the server's answer to {name} cannot be read") from None
         return reply
 
+    def _request(self, path: str, body: bytes, largest: int, timeout: float | None) -> bytes:
+        for attempt in (0, 1):
+            status, date, content = self._post(path, body, largest, timeout)
+            if status == 401 and attempt == 0 and self._corrected(date):
+                continue
+            break
+        if status == 401:
+            raise DeniedError("the server does not know this site's key, or it was revoked")
+        if status in (400, 403, 404, 409, 410, 412, 413, 422):
+            raise GoneError(f"the server answers {status} to {path}")
+        if status != 200:
+            raise LostError(f"the server answers {status} to {path}")
+        return content
+
     def _post(
-        self, name: str, body: bytes, largest: int, timeout: float | None
+        self, path: str, body: bytes, largest: int, timeout: float | None
     ) -> tuple[int, str, bytes]:
         stamp = (datetime.now(UTC) + self._skew).isoformat()
         signature = self._key.sign(stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
@@ -289,7 +351,7 @@ class Fleet:
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         try:
             with self._client.stream(
-                "POST", f"/v1/fleet/{name}", content=body, headers=headers, **options
+                "POST", path, content=body, headers=headers, **options
             ) as response:
                 read, total = [], 0
                 for chunk in response.iter_bytes():

@@ -12,7 +12,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -38,8 +38,11 @@ from umbel.core.messages import MANIFEST, MODEL, Problem
 from umbel.core.seal import SEAL, Records
 from umbel.core.signing import replace_file
 
+WAIT = 20.0
+"""Seconds that one request for work waits at the server."""
 QUICK, LIVELY = 0.02, 0.25
-"""Seconds between two looks for work while a run is on: at first, at most."""
+"""Where the server is plain Flower, which does not let a request wait: seconds between two looks
+for work while a run is on, at first and at most."""
 LIVELY_SECONDS = 60.0
 """How long after a message a run counts as on."""
 SLOWEST_RETRY = 5.0
@@ -132,9 +135,13 @@ class Site:
     def _look(self, fleet: Fleet) -> None:
         """Looks for work and does it, for ever."""
         heard, pause, away = 0.0, QUICK, False
+        have: Sequence[str] | None = [path.stem for path in self._inbox.iterdir()]
         while True:
+            largest = read_policy(self._folder.policy_file).limits.maximum_bytes
+            asked = time.monotonic()
             try:
-                delivery = fleet.next()
+                delivery = fleet.take(WAIT, have, largest)
+                have = None
                 if away:
                     self._report("the server is back")
                     away = False
@@ -145,20 +152,18 @@ class Site:
                 pause = min(max(2 * pause, 0.2), SLOWEST_RETRY)
                 time.sleep(pause * random.uniform(0.8, 1.2))
                 continue
-            if delivery is None:
+            if delivery is not None:
+                pause = QUICK
+                self._receive(fleet, delivery, largest)
+                heard = time.monotonic()
+            elif time.monotonic() - asked < WAIT / 2:  # a server that does not let us wait
                 lively = time.monotonic() - heard < LIVELY_SECONDS
-                slowest = LIVELY if lively else self._settings.idle_seconds
-                pause = min(1.3 * pause, slowest)
+                pause = min(1.3 * pause, LIVELY if lively else self._settings.idle_seconds)
                 time.sleep(pause)
-                continue
-            pause = QUICK
-            self._receive(fleet, delivery)
-            heard = time.monotonic()
 
-    def _receive(self, fleet: Fleet, delivery: Delivery) -> None:
+    def _receive(self, fleet: Fleet, delivery: Delivery, largest: int) -> None:
         """Brings a message home, and does what it asks."""
         ends = _ends(delivery.message)
-        largest = read_policy(self._folder.policy_file).limits.maximum_bytes
         try:
             message = self._insist(lambda: fleet.fetch(delivery, largest), ends)
             self._keep(message, 1)

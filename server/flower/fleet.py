@@ -11,19 +11,19 @@ import asyncio
 import base64
 import binascii
 import logging
-import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import pydantic
 import uvicorn
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from fastapi import FastAPI
-from flwr.common.constant import TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
@@ -33,6 +33,10 @@ from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
+
+from umbel.core.messages import GIVE, TAKE
+from umbel.core.settings import NonNegative, Settings
+from umbel.server.flower.exchange import LONGEST_WAIT, Bell, WrongError, give, take
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -55,6 +59,8 @@ OPEN = frozenset(
         "push-object",
         "pull-object",
         "confirm-message-received",
+        "take",
+        "give",
     )
 )
 """What is reachable. Registering is the administrator's, in person."""
@@ -62,6 +68,18 @@ OPEN = frozenset(
 HEALTH = "/health"
 
 log = logging.getLogger("umbel.server")
+
+
+class TakeRequest(Settings):
+    """What a site says when it asks for a message.
+
+    Args:
+        wait: seconds that it is willing to wait for one.
+        have: where it has just started: the ids of the messages that it kept.
+    """
+
+    wait: NonNegative
+    have: tuple[str, ...] | None = pydantic.Field(None, strict=False, max_length=1000)
 
 
 class Door(NamedTuple):
@@ -87,14 +105,15 @@ class Gate:
 
     Args:
         inner: what is guarded.
-        known: whether a public key (PEM) is a member's.
+        factory: the link state: whose keys are known.
         largest: bytes that a member's body may have.
     """
 
-    def __init__(self, inner: Application, known: Callable[[bytes], bool], largest: int) -> None:
+    def __init__(self, inner: Application, factory: LinkStateFactory, largest: int) -> None:
         self._inner = inner
-        self._known = known
+        self._factory = factory
         self._largest = largest
+        self._bell = Bell(Path(factory.database))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the start and end of the server."""
@@ -112,14 +131,23 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         declared = headers.get(b"content-length", b"")
         size = int(declared) if declared.isdigit() else None
-        room = SMALL
-        if size is None or size > SMALL:
-            if await asyncio.to_thread(self._signed, headers):
-                room = self._largest
-            if size is not None and size > room:
-                log.warning("a body of %d bytes was refused", size)
-                await _answer(send, 413, b"too large")
-                return
+        ours = scope["path"] in (TAKE, GIVE)
+        node = None
+        if ours or size is None or size > SMALL:
+            node = await asyncio.to_thread(self._signer, headers)
+        room = SMALL if node is None else self._largest
+        if size is not None and size > room:
+            log.warning("a body of %d bytes was refused", size)
+            await _answer(send, 413, b"too large")
+        elif not ours:
+            await self._flowers(scope, receive, send, room)
+        elif node is None:
+            await _answer(send, 401, b"not a member")
+        else:
+            await self._ours(scope["path"], node, receive, send, room)
+
+    async def _flowers(self, scope: Scope, receive: Receive, send: Send, room: int) -> None:
+        """Flower answers, of a body that is cut off where it becomes too large."""
         read = 0
         cut = False
 
@@ -144,8 +172,51 @@ class Gate:
         if cut:
             await _answer(send, 413, b"too large")
 
-    def _signed(self, headers: dict[bytes, bytes]) -> bool:
-        """Whether a member has signed the time that the request names, and that is now."""
+    async def _ours(self, path: str, node: int, receive: Receive, send: Send, room: int) -> None:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if len(body) > room:
+                await _answer(send, 413, b"too large")
+                return
+            if not message.get("more_body", False):
+                break
+        try:
+            if path == GIVE:
+                await asyncio.to_thread(give, self._factory.state(), node, bytes(body))
+                answer = b""
+            else:
+                answer = await self._taken(node, bytes(body))
+        except WrongError as wrong:
+            await _answer(send, wrong.status, str(wrong).encode())
+        except Exception:
+            log.exception("%s failed", path)
+            await _answer(send, 503, b"try again")
+        else:
+            await _answer(send, 200, answer)
+
+    async def _taken(self, node: int, body: bytes) -> bytes:
+        """The next message, or an empty answer when the site has waited as long as it wants."""
+        try:
+            asked = TakeRequest.model_validate_json(body)
+        except pydantic.ValidationError:
+            raise WrongError(400, "malformed") from None
+        state = self._factory.state()
+        until = asyncio.get_running_loop().time() + min(asked.wait, LONGEST_WAIT)
+        have: Sequence[str] | None = asked.have
+        while True:
+            found = await asyncio.to_thread(take, state, node, have)
+            left = until - asyncio.get_running_loop().time()
+            if found is not None or left <= 0:
+                return found or b""
+            have = None
+            await self._bell.wait(node, left)
+
+    def _signer(self, headers: dict[bytes, bytes]) -> int | None:
+        """The member who has signed the time that the request names, and that is now."""
         try:
             key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.encode()], validate=True)
             signature = base64.b64decode(
@@ -154,31 +225,14 @@ class Gate:
             stamp = headers[TIMESTAMP_HEADER.encode()]
             age = (now() - datetime.fromisoformat(stamp.decode("ascii"))).total_seconds()
             public = load_pem_public_key(key)
-            if abs(age) > TIMESTAMP_TOLERANCE or not isinstance(public, ec.EllipticCurvePublicKey):
-                return False
+            if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+                return None
+            if not isinstance(public, ec.EllipticCurvePublicKey):
+                return None
             public.verify(signature, stamp, ec.ECDSA(hashes.SHA256()))
         except (KeyError, ValueError, TypeError, binascii.Error, InvalidSignature):
-            return False
-        return self._known(key)
-
-
-class Members:
-    """Whether a key is a member's, asked of the link state, remembered for a second."""
-
-    def __init__(self, factory: LinkStateFactory) -> None:
-        self._factory = factory
-        self._found: dict[bytes, tuple[float, bool]] = {}
-
-    def __call__(self, public_key: bytes) -> bool:
-        """Args: public_key: PEM."""
-        asked, answer = self._found.get(public_key, (0.0, False))
-        if time.monotonic() - asked > 1.0:
-            state = self._factory.state()
-            answer = state.get_node_id_by_public_key(public_key) is not None
-            if len(self._found) > 10_000:
-                self._found.clear()
-            self._found[public_key] = (time.monotonic(), answer)
-        return answer
+            return None
+        return self._factory.state().get_node_id_by_public_key(key)
 
 
 def fleet_app(factory: LinkStateFactory, largest: int) -> Gate:
@@ -196,7 +250,7 @@ def fleet_app(factory: LinkStateFactory, largest: int) -> Gate:
     app.state.linkstate_factory = factory
     app.state.enable_supernode_auth = True
     app.include_router(router)
-    return Gate(app, Members(factory), largest)
+    return Gate(app, factory, largest)
 
 
 def fleet_server(factory: LinkStateFactory, door: Door) -> uvicorn.Server:

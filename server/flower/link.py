@@ -226,7 +226,8 @@ class LinkGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Seals and stores messages; their ids, empty where the site was shut out."""
         batch = list(messages)
-        return [self._push(message, len(batch)) for message in batch]
+        with self._state.session():  # type: ignore[attr-defined]
+            return [self._push(message, len(batch)) for message in batch]
 
     def _push(self, message: Message, asked: int) -> str:
         metadata = message.metadata
@@ -263,6 +264,10 @@ class LinkGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies to these messages that are whole by now; each once."""
+        with self._state.session():  # type: ignore[attr-defined]
+            return self._pull(message_ids)
+
+    def _pull(self, message_ids: Iterable[str]) -> list[Message]:
         wanted = set(message_ids) - {
             m.metadata.reply_to_message_id for m in self._incomplete.values()
         }
