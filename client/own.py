@@ -59,7 +59,8 @@ def start(rule: ClientRule, anchor: Tree, shared: Trees, own: Trees) -> dict[str
     params = anchor if rule.begin is None else rule.begin(anchor, shared, own)
     trained = {name: params[name] for name in anchor}
     for letter in rule.joint:
-        trained |= {f"{letter}/{name}": tensor for name, tensor in own[letter].items()}
+        tree = joined(params, letter) or own[letter]
+        trained |= {f"{letter}/{name}": tensor for name, tensor in tree.items()}
     return trained
 
 
@@ -104,7 +105,8 @@ def end(rule: ClientRule, trained: Tree, local: Local, taken: Taken, lr: float) 
     delivered = Delivered() if rule.end is None else rule.end(ended)
     if unknown := sorted(delivered.own.keys() - own.keys()):
         raise ValueError(f"the rule keeps '{unknown[0]}', of which its state knows nothing")
-    return Left(delivered.delta or {}, flatten(delivered.uploads), {**own, **delivered.own})
+    kept = {letter: delivered.own.get(letter, own[letter]) for letter in local.own}
+    return Left(delivered.delta or {}, flatten(delivered.uploads), kept)
 
 
 def personal(rule: ClientRule, model: Model, own: Trees) -> Model:

@@ -122,8 +122,9 @@ class ClientRule(NamedTuple):
             client beside the global one; the private tensors are in place already. ``None``: the
             model with its private tensors, where there are any.
         objective: in place of the mean loss and ``loss_terms``.
-        joint: letters of ``state`` that are trained along with the model, by the same optimizer;
-            for objectives that involve them.
+        joint: letters of ``state``, or of what ``begin`` gives under ``letter/name``, that are
+            trained along with the model, by the same optimizer; for objectives that involve them.
+            Only those of ``state`` are kept.
         after: (parameters after a step, the gradient that the optimizer was given, ``Local``) ->
             parameters, of the same names.
         initial_loss: whether ``end`` is told the loss of the global model.
