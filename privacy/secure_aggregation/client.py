@@ -2,7 +2,7 @@
 
 Whatever comes in, ``step`` returns the next message or a signed refusal, after which the client is
 dead for the round. It hands out, per neighbour, either the share of the neighbour's self-mask seed
-or the share of its mask key, once, and only after enough neighbours signed the same survivor set:
+or the share of its root, once, and only after enough neighbours consented to the same survivor set:
 with both, or with different sets for different members, a server could take a mask off a vector
 that is not summed with others.
 
@@ -13,21 +13,24 @@ until that is used again.
 
 from __future__ import annotations
 
+import hmac
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from umbel.core.errors import InputError
 from umbel.privacy.secure_aggregation import boxes, graph, shamir
-from umbel.privacy.secure_aggregation.agreement import KeyPair, Purpose, RoundKeys
+from umbel.privacy.secure_aggregation.agreement import KeyPair, RoundKeys
 from umbel.privacy.secure_aggregation.identities import Directory, Identity
 from umbel.privacy.secure_aggregation.keystream import Words, add_streams
 from umbel.privacy.secure_aggregation.messages import (
     DIGEST_BYTES,
     MAX_DETAIL,
     Advert,
+    Again,
     Consent,
     Consents,
     Delivery,
@@ -46,9 +49,8 @@ from umbel.privacy.secure_aggregation.messages import (
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
 from umbel.privacy.secure_aggregation.rosters import accept_roster
 from umbel.privacy.secure_aggregation.statements import (
-    SIGN_ADVERT,
     SIGN_REFUSAL,
-    SIGN_SURVIVORS,
+    root_digest,
     seed_digest,
     survivors_digest,
 )
@@ -61,10 +63,27 @@ from umbel.privacy.secure_aggregation.words import pack_words
 class _Edge:
     """What a client keeps about a neighbour; the later fields fill as the round goes on."""
 
-    mask: bytes
+    mine: bytes
     box_in: bytes
-    confirmation: bytes
-    shares: tuple[bytes, bytes] = field(default=(b"", b""))
+    tags: bytes
+    theirs: boxes.Contents = field(default=boxes.Contents(b"", b"", b""))
+
+
+class Setup(NamedTuple):
+    """What a client may keep of a round for later ones: who is who, and the secrets of its pairs.
+
+    Args:
+        roster: as it was agreed on.
+        members: of the roster. neighbours: those of the client, ascending.
+        digest: of roster and graph.
+        secrets: neighbour -> what only the two know, 64 bytes.
+    """
+
+    roster: Roster
+    members: tuple[int, ...]
+    neighbours: tuple[int, ...]
+    digest: bytes
+    secrets: Mapping[int, bytes]
 
 
 class Client:
@@ -78,6 +97,8 @@ class Client:
         policy: what it demands of any round.
         payload: gives the vector, shape (terms.size,), uint32, each element below
             2**terms.value_bits; called once, after all checks on keys, roster and shares.
+        keep: whether ``setup`` is there after the round.
+        setup: of an earlier round, for a server that asks for the same members again.
     Raises:
         InputError: the arguments do not belong together.
     """
@@ -90,6 +111,8 @@ class Client:
         terms: Terms,
         policy: Policy,
         payload: Callable[[], Words],
+        keep: bool = False,
+        setup: Setup | None = None,
     ) -> None:
         if not 0 <= member < len(directory) or directory[member] != identity.public_key:
             raise InputError(
@@ -111,7 +134,9 @@ class Client:
         self._policy = policy
         self._payload = payload
         self._keys = RoundKeys(terms.run, terms.round_number, self._digest)
-        self._expects: tuple[type[Message], ...] = (Invitation,)
+        self._keep = keep
+        self.setup = setup
+        self._expects: tuple[type[Message], ...] = (Invitation, Again)
         self._over: Reason | None = None
         self._forget()
 
@@ -121,8 +146,7 @@ class Client:
         if seed is not None:
             seed[:] = bytes(len(seed))
         self._seed = bytearray()
-        self._mask_pair: KeyPair | None = None
-        self._box_pair: KeyPair | None = None
+        self._pair: KeyPair | None = None
         self._chain: graph.Chain | None = None
         self._edges: dict[int, _Edge] = {}
         self._advert: Advert | None = None
@@ -162,6 +186,8 @@ class Client:
         match message:
             case Invitation():
                 return self._on_invitation(message)
+            case Again():
+                return self._on_again(message)
             case Roster():
                 return self._on_roster(message)
             case Draw():
@@ -185,9 +211,26 @@ class Client:
         return Refusal(self.member, refused.reason, detail, signature)
 
     def _on_invitation(self, message: Invitation) -> Advert:
+        self._accept_terms(message.terms)
+        self._pair, self._chain = KeyPair(), graph.Chain()
+        self._advert = Advert(self.member, self._pair.public_key, self._chain.commitment)
+        self._expects = (Roster,)
+        return self._advert
+
+    def _on_again(self, message: Again) -> Shares:
+        self._accept_terms(message.terms)
+        kept = self.setup
+        if kept is None or kept.digest != message.setup:
+            raise Refused(Reason.NO_SETUP, "nothing is kept of that round")
+        if self._terms.overflows(len(kept.members)):
+            raise Refused(Reason.RING_OVERFLOW, f"{len(kept.members)} values do not fit the ring")
+        self._roster, self._members, self._neighbours = kept.roster, kept.members, kept.neighbours
+        return self._deal(graph.kept_digest(self._digest, kept.digest), kept.secrets)
+
+    def _accept_terms(self, terms: bytes) -> None:
         mine = self._terms
         try:
-            theirs = Terms.decode(message.terms)
+            theirs = Terms.decode(terms)
         except InputError as error:
             raise Refused(Reason.OTHER_TERMS, error.message) from None
         if (theirs.run, theirs.round_number) != (mine.run, mine.round_number):
@@ -196,13 +239,6 @@ class Client:
             raise Refused(Reason.OTHER_MODEL, "the base model is not that of the manifest")
         if theirs != mine:
             raise Refused(Reason.OTHER_TERMS, "size, ring, value bits or directory differ")
-        self._mask_pair, self._box_pair, self._chain = KeyPair(), KeyPair(), graph.Chain()
-        keys = (self._mask_pair.public_key, self._box_pair.public_key, self._chain.commitment)
-        unsigned = Advert(self.member, *keys, b"")
-        signature = self._identity.sign(SIGN_ADVERT, unsigned.signed(self._digest))
-        self._advert = Advert(self.member, *keys, signature)
-        self._expects = (Roster,)
-        return self._advert
 
     def _on_roster(self, message: Roster) -> Reveal | Shares:
         assert self._advert is not None
@@ -217,7 +253,7 @@ class Client:
         )
         self._roster = message
         if message.neighbours == len(self._members) - 1:
-            return self._deal(bytes(32), np.arange(len(self._members)))
+            return self._meet(bytes(32), np.arange(len(self._members)))
         self._expects = (Draw, Roster)
         return Reveal(self.member, message.draw, self._chain.open(message.draw))
 
@@ -226,15 +262,14 @@ class Client:
         n, size = len(self._members), graph.NONCE_BYTES
         if len(message.nonces) != n * size:
             raise Refused(Reason.WRONG_REVEAL, f"{len(message.nonces)} bytes for {n} secrets")
-        for position, commitment in enumerate(self._roster.commitments()):
-            nonce = message.nonces[size * position : size * (position + 1)]
-            if not graph.opens(commitment, self._roster.draw, nonce):
-                raise Refused(
-                    Reason.WRONG_REVEAL,
-                    f"the secret of member {self._members[position]} is not the promised one",
-                )
+        odd = graph.all_open(self._roster.commitments(), self._roster.draw, message.nonces)
+        if odd >= 0:
+            raise Refused(
+                Reason.WRONG_REVEAL,
+                f"the secret of member {self._members[odd]} is not the promised one",
+            )
         seed = graph.seed_of(self._roster_digest(), message.nonces)
-        return self._deal(seed, graph.ring(seed, n))
+        return self._meet(seed, graph.ring(seed, n))
 
     def _roster_digest(self) -> bytes:
         roster = self._roster
@@ -243,41 +278,47 @@ class Client:
             self._digest, roster.draw, roster.neighbours, roster.threshold, roster.adverts
         )
 
-    def _deal(self, seed: bytes, order: graph.Order) -> Shares:
-        """Agrees on keys with the neighbours and seals a share of both secrets for each."""
+    def _meet(self, seed: bytes, order: graph.Order) -> Shares:
+        """Agrees on a secret with each neighbour, and deals."""
         assert self._roster is not None
-        assert self._mask_pair is not None
-        assert self._box_pair is not None
+        assert self._pair is not None
         me, roster = self.member, self._roster
-        bound = self._graph_digest = graph.digest_of(self._roster_digest(), seed)
         positions = graph.neighbours_of(order, roster.neighbours, self._members.index(me))
         self._neighbours = tuple(self._members[position] for position in positions)
-        self._seed = bytearray(os.urandom(shamir.SECRET_BYTES))
-        k, t = roster.neighbours, roster.threshold
-        seeds = shamir.split(bytes(self._seed), t, k)
-        mask_keys = shamir.split(self._mask_pair.private_bytes(), t, k)
-        sealed = []
-        for i, position in enumerate(positions):
+        secrets: dict[int, bytes] = {}
+        for position in positions:
             advert = roster.entry(position)
             them = advert.member
-            signed = advert.signed(self._digest)
-            if not self._directory.verify(them, SIGN_ADVERT, signed, advert.signature):
-                raise Refused(
-                    Reason.REPLACED_KEY, f"the keys of member {them} are not signed by it"
-                )
-            mask_secret = self._mask_pair.agree(advert.mask_key, them)
-            box_secret = self._box_pair.agree(advert.box_key, them)
-            derive = self._keys.derive
-            self._edges[them] = _Edge(
-                mask=self._keys.mask(mask_secret, me, them),
-                box_in=derive(box_secret, them, me, Purpose.SHARE_BOX),
-                confirmation=derive(box_secret, min(me, them), max(me, them), Purpose.CONFIRMATION),
-            )
-            box_out = derive(box_secret, me, them, Purpose.SHARE_BOX)
-            sealed.append((them, boxes.seal(box_out, bound, me, them, seeds[i], mask_keys[i])))
-        self._mask_pair = self._box_pair = self._chain = None
+            try:
+                lasting = self._identity.agree(self._directory, them)
+            except ValueError:
+                raise Refused(Reason.REPLACED_KEY, f"member {them} has no usable key") from None
+            secrets[them] = self._pair.agree(advert.key, them) + lasting
+        self._pair = self._chain = None
+        digest = graph.digest_of(self._roster_digest(), seed)
+        if self._keep:
+            self.setup = Setup(roster, self._members, self._neighbours, digest, secrets)
+        return self._deal(digest, secrets)
+
+    def _deal(self, graph_digest: bytes, secrets: Mapping[int, bytes]) -> Shares:
+        """Seals a share of both of the client's secrets of this round for each neighbour."""
+        assert self._roster is not None
+        me, keys, bound = self.member, self._keys, graph_digest
+        self._graph_digest = graph_digest
+        self._seed = bytearray(os.urandom(shamir.SECRET_BYTES))
+        root = os.urandom(shamir.SECRET_BYTES)
+        k, t = self._roster.neighbours, self._roster.threshold
+        dealt = zip(shamir.split(bytes(self._seed), t, k), shamir.split(root, t, k), strict=True)
+        sealed = []
+        for them, (seed_share, root_share) in zip(self._neighbours, dealt, strict=True):
+            pair = keys.pair(secrets[them], me, them)
+            half = keys.half(root, me, them)
+            self._edges[them] = _Edge(half, pair.box(them, me), pair.tags)
+            contents = boxes.Contents(seed_share, root_share, half)
+            sealed.append((them, boxes.seal(pair.box(me, them), bound, me, them, contents)))
         self._expects = (Delivery,)
-        return Shares(me, seed_digest(bound, me, bytes(self._seed)), tuple(sealed))
+        digests = seed_digest(bound, me, bytes(self._seed)), root_digest(bound, me, root)
+        return Shares(me, *digests, tuple(sealed))
 
     def _on_delivery(self, message: Delivery) -> Masked:
         assert self._roster is not None
@@ -291,17 +332,22 @@ class Client:
             )
         for them, box in message.boxes:
             edge = self._edges[them]
-            edge.shares = boxes.open_box(edge.box_in, self._graph_digest, them, self.member, box)
+            edge.theirs = boxes.open_box(edge.box_in, self._graph_digest, them, self.member, box)
             edge.box_in = b""
         heard = {them for them, _ in message.boxes}
         self._edges = {them: edge for them, edge in self._edges.items() if them in heard}
-        masked = self._mask(self._payload())
-        tags = tuple(
-            (them, boxes.confirm(edge.confirmation, self._graph_digest, self.member, them))
+        me, bound, wrap = self.member, self._graph_digest, self._keys.wrap
+        seals = tuple(
+            (
+                them,
+                boxes.confirm(edge.tags, bound, me, them)
+                + wrap(edge.mine, edge.theirs.half, me, them),
+            )
             for them, edge in self._edges.items()
         )
+        masked = self._mask(self._payload())
         self._expects = (Survivors,)
-        return Masked(self.member, tags, masked)
+        return Masked(me, seals, masked)
 
     def _mask(self, values: Words) -> memoryview:
         """The payload under its masks, in wire form; the masks' keys are dropped."""
@@ -311,12 +357,17 @@ class Client:
         if int(values.max()) >> terms.value_bits:
             raise Refused(Reason.RING_OVERFLOW, f"an element has over {terms.value_bits} bits")
         words = np.array(values, dtype="<u4")
-        own = self._keys.derive(bytes(self._seed), me, me, Purpose.SELF_MASK)
-        above = [edge.mask for them, edge in self._edges.items() if them > me]
-        below = [edge.mask for them, edge in self._edges.items() if them < me]
+        keys, own = self._keys, self._keys.self_mask(bytes(self._seed), me)
+        masks = {
+            them: keys.mask((edge.mine, edge.theirs.half), me, them)
+            for them, edge in self._edges.items()
+        }
+        above = [mask for them, mask in masks.items() if them > me]
+        below = [mask for them, mask in masks.items() if them < me]
         add_streams(words, [own, *above], below)
         for edge in self._edges.values():
-            edge.mask = b""
+            edge.mine = b""
+            edge.theirs = edge.theirs._replace(half=b"")
         self._seed[:] = bytes(len(self._seed))
         return pack_words(words, terms)
 
@@ -327,43 +378,46 @@ class Client:
             me=self.member,
             members=self._members,
             neighbours=self._neighbours,
-            confirmations={them: edge.confirmation for them, edge in self._edges.items()},
+            confirmations={them: edge.tags for them, edge in self._edges.items()},
             threshold=self._roster.threshold,
             min_cohort=self._policy.min_cohort,
             graph_digest=self._graph_digest,
         )
         self._survivors = message
         self._consent_digest = survivors_digest(message, self._graph_digest)
-        signature = self._identity.sign(SIGN_SURVIVORS, self._consent_digest)
         self._expects = (Consents,)
-        return Consent(self.member, self._consent_digest, signature)
+        active = set(message.active)
+        tags = tuple(
+            (them, boxes.consent(edge.tags, self._consent_digest, self.member, them))
+            for them, edge in self._edges.items()
+            if them in active
+        )
+        return Consent(self.member, self._consent_digest, tags)
 
     def _on_consents(self, message: Consents) -> Unmask:
         assert self._roster is not None
         assert self._survivors is not None
         active = set(self._survivors.active)
-        same = []
-        for them, signed in message.consents:
+        # A tag that does not verify counts as missing.
+        good, threshold = 0, self._roster.threshold
+        for them, entry in message.consents:
             if them not in self._edges or them not in active:
                 raise Refused(Reason.NOT_A_NEIGHBOUR, f"a consent of {them}, no live neighbour")
-            digest, signature = signed[:DIGEST_BYTES], signed[DIGEST_BYTES:]
-            if digest == self._consent_digest:
-                same.append((them, signature))
-            elif self._directory.verify(them, SIGN_SURVIVORS, digest, signature):
+            digest, tag = entry[:DIGEST_BYTES], entry[DIGEST_BYTES:]
+            expected = boxes.consent(self._edges[them].tags, digest, them, self.member)
+            if not hmac.compare_digest(tag, expected):
+                continue
+            if digest != self._consent_digest:
                 raise Refused(Reason.SPLIT_VIEWS, f"member {them} was shown another survivor set")
-        # A signature that does not verify counts as missing; no more than enough are checked.
-        good, threshold = 0, self._roster.threshold
-        for them, signature in same:
-            good += self._directory.verify(them, SIGN_SURVIVORS, self._consent_digest, signature)
-            if good == threshold:
-                break
+            good += 1
         if good < threshold:
             raise Refused(
-                Reason.TOO_FEW_CONSENTS, f"{good} neighbours signed this set, need {threshold}"
+                Reason.TOO_FEW_CONSENTS,
+                f"{good} neighbours consented to this set, need {threshold}",
             )
         edges = self._edges.items()
-        seeds = tuple((them, edge.shares[0]) for them, edge in edges if them in active)
-        keys = tuple((them, edge.shares[1]) for them, edge in edges if them not in active)
+        seeds = tuple((them, edge.theirs.seed) for them, edge in edges if them in active)
+        roots = tuple((them, edge.theirs.root) for them, edge in edges if them not in active)
         self._over = Reason.ALREADY_UNMASKED
         self._forget()
-        return Unmask(self.member, seeds, keys)
+        return Unmask(self.member, seeds, roots)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,18 @@ def opens(commitment: bytes, draw: int, nonce: bytes) -> bool:
     return nonce == commitment
 
 
+def all_open(commitments: Sequence[bytes], draw: int, nonces: bytes) -> int:
+    """The first place whose secret is not the promised one, or -1; ``nonces`` in the same order."""
+    sha256, size = hashlib.sha256, NONCE_BYTES
+    for place, commitment in enumerate(commitments):
+        nonce = nonces[size * place : size * (place + 1)]
+        for _ in range(draw + 1):
+            nonce = sha256(_LINK + nonce).digest()
+        if nonce != commitment:
+            return place
+    return -1
+
+
 def seed_of(roster_digest: bytes, nonces: bytes) -> bytes:
     """The seed of the graph, 32 bytes, from the secrets of all members in roster order."""
     return hashlib.sha256(PROTOCOL + b"\0graph seed\0" + roster_digest + nonces).digest()
@@ -72,6 +85,11 @@ def roster_digest_of(
     """The digest of a roster and of the graph's parameters, before the graph is drawn."""
     head = struct.pack(">BHH", draw, neighbours, threshold)
     return hashlib.sha256(PROTOCOL + b"\0roster\0" + terms_digest + head + adverts).digest()
+
+
+def kept_digest(terms_digest: bytes, setup_digest: bytes) -> bytes:
+    """The same for a round that keeps the roster and the graph of an earlier one."""
+    return hashlib.sha256(PROTOCOL + b"\0kept\0" + terms_digest + setup_digest).digest()
 
 
 def ring(seed: bytes, n: int) -> Order:

@@ -1,8 +1,15 @@
 """Who is who: long-lived Ed25519 identities, and the pinned list of everybody's public keys.
 
 The list comes from provisioning, not from the aggregation server. A member's number is its place
-in the list; the list's digest is part of what everybody signs, so that two members with different
-lists cannot take part in one round.
+in the list; the list's digest is part of what every key is bound to, so that two members with
+different lists cannot take part in one round.
+
+An identity signs, and it agrees on a lasting secret with every other: its Ed25519 key is an X25519
+key under the birational map of RFC 7748, section 4.1. That secret goes into every key of a pair, so
+that only the two identities can have it, whatever ephemeral keys a server hands them.
+
+Source: Thormarker 2021, "On using the same key pair for Ed25519 and an X25519 based KEM" (ePrint
+2021/509): the two uses do not endanger each other.
 """
 
 from __future__ import annotations
@@ -12,11 +19,13 @@ from collections.abc import Sequence
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from umbel.core.errors import InputError
 
-PROTOCOL = b"umbel secure aggregation 1"
+PROTOCOL = b"umbel secure aggregation 2"
 KEY_BYTES = 32
+_FIELD = 2**255 - 19
 SIGNATURE_BYTES = 64
 
 
@@ -32,6 +41,10 @@ class Identity:
         """Args: private_key: raw Ed25519 private key, 32 bytes."""
         self._key = Ed25519PrivateKey.from_private_bytes(private_key)
         self.public_key = self._key.public_key().public_bytes_raw()
+        # What Ed25519 makes of its seed (RFC 8032, section 5.1.5); X25519 clamps it alike.
+        scalar = hashlib.sha512(private_key).digest()[:32]
+        self._agreement = X25519PrivateKey.from_private_bytes(scalar)
+        self._secrets: dict[bytes, bytes] = {}
 
     @classmethod
     def generate(cls) -> Identity:
@@ -41,6 +54,20 @@ class Identity:
     def sign(self, purpose: bytes, message: bytes) -> bytes:
         """Signs ``message`` for ``purpose``; 64 bytes."""
         return self._key.sign(_statement(purpose, message))
+
+    def agree(self, directory: Directory, member: int) -> bytes:
+        """The lasting secret with ``member``, 32 bytes; computed once.
+
+        Raises:
+            ValueError: its pinned key is of small order.
+        """
+        pinned = directory[member]
+        secret = self._secrets.get(pinned)
+        if secret is None:
+            secret = self._secrets[pinned] = self._agreement.exchange(
+                directory.exchange_key(member)
+            )
+        return secret
 
 
 class Directory:
@@ -68,6 +95,7 @@ class Directory:
             )
         self._keys = tuple(public_keys)
         self._parsed: dict[int, Ed25519PublicKey] = {}
+        self._exchange: list[X25519PublicKey] = []
         self.digest = hashlib.sha256(_statement(b"directory", b"".join(self._keys))).digest()
 
     def __len__(self) -> int:
@@ -75,6 +103,20 @@ class Directory:
 
     def __getitem__(self, member: int) -> bytes:
         return self._keys[member]
+
+    def exchange_key(self, member: int) -> X25519PublicKey:
+        """The pinned key of ``member`` for agreements; all are converted at the first call."""
+        if not self._exchange:
+            ys = [int.from_bytes(key, "little") & ((1 << 255) - 1) for key in self._keys]
+            # u = (1 + y) / (1 - y); the neutral element, y = 1, maps to 0, which agrees on nothing.
+            inverses = _invert_all([(1 - y) % _FIELD or 1 for y in ys])
+            self._exchange = [
+                X25519PublicKey.from_public_bytes(
+                    ((1 + y) % _FIELD * inverse % _FIELD * (y % _FIELD != 1)).to_bytes(32, "little")
+                )
+                for y, inverse in zip(ys, inverses, strict=True)
+            ]
+        return self._exchange[member]
 
     def verify(self, member: int, purpose: bytes, message: bytes, signature: bytes) -> bool:
         """Whether ``member`` signed ``message`` for ``purpose``; false for an unknown member."""
@@ -89,3 +131,16 @@ class Directory:
         except (InvalidSignature, ValueError):
             return False
         return True
+
+
+def _invert_all(values: list[int]) -> list[int]:
+    """The inverses in the field of the curve with one inversion (Montgomery's trick)."""
+    before = [1]
+    for value in values:
+        before.append(before[-1] * value % _FIELD)
+    rest = pow(before[-1], -1, _FIELD)
+    inverses = [0] * len(values)
+    for i in range(len(values) - 1, -1, -1):
+        inverses[i] = rest * before[i] % _FIELD
+        rest = rest * values[i] % _FIELD
+    return inverses

@@ -1,9 +1,12 @@
 """The pseudorandom generator: AES-256 in counter mode, read as 32-bit words.
 
+The counter runs from 2, as in GCM with a zero nonce: OpenSSL encrypts GCM in wider steps than plain
+CTR, and with its tag unread the two give the same bytes.
+
 A mask of d words costs one pass of the cipher and one addition, both inside the cache: streams are
 advanced together, one chunk of the vector after the other, and no mask is ever held whole.
 
-Source: NIST SP 800-38A, CTR mode; a key serves one stream, hence the zero initial counter.
+Source: NIST SP 800-38A (CTR) and 800-38D (GCM); a key serves one stream, hence the zero nonce.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 Words = npt.NDArray[np.uint32]
 
@@ -22,11 +25,15 @@ _TOGETHER = 256  # streams that are open at one time
 _ZEROS = bytes(_CHUNK)
 
 
+def _stream(key: bytes) -> CipherContext:
+    return Cipher(algorithms.AES256(key), modes.GCM(bytes(12))).encryptor()
+
+
 class KeyStream:
     """The key stream of one 32-byte key, from its first byte on."""
 
     def __init__(self, key: bytes) -> None:
-        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+        self._cipher = _stream(key)
 
     def into(self, buffer: bytearray, size: int) -> None:
         """Writes the next ``size`` bytes, at most one chunk, to the start of ``buffer``."""
@@ -41,8 +48,7 @@ def scratch() -> tuple[bytearray, Words]:
 
 def key_bytes(key: bytes, size: int) -> bytes:
     """The first ``size`` bytes of the key stream of ``key``."""
-    cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-    return cipher.update(bytes(size))
+    return _stream(key).update(bytes(size))
 
 
 def fresh_stream() -> KeyStream:

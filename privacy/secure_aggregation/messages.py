@@ -4,15 +4,16 @@ Every message starts with a magic word, its kind and the digest of the round's t
 another run, round or model is recognised before anything in it is read.
 
     server → client    client → server
-    Invitation         Advert            public keys and a commitment, signed
+    Invitation         Advert            an ephemeral public key and a commitment
     Roster             Reveal            the secret of this draw         (sparse graphs only)
     Draw               Shares            sealed shares of two secrets
-    Delivery           Masked            the masked vector, confirmations for the neighbours
-    Survivors          Consent           a signature under the survivor set
+    Delivery           Masked            the masked vector, a tag and a wrapped half a neighbour
+    Survivors          Consent           a tag for each neighbour under the survivor set
     Consents           Unmask            one kind of share a neighbour
                        Refusal           at any time: a reason, signed
 
-In the complete graph there is no draw: a Roster is answered with Shares.
+In the complete graph there is no draw: a Roster is answered with Shares. Where an earlier round's
+roster, graph and keys are kept, Again takes the place of Invitation and is answered with Shares.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-from umbel.privacy.secure_aggregation.boxes import BOX_BYTES, TAG_BYTES
+from umbel.privacy.secure_aggregation.boxes import BOX_BYTES, HALF_BYTES, TAG_BYTES
 from umbel.privacy.secure_aggregation.graph import NONCE_BYTES
 from umbel.privacy.secure_aggregation.identities import KEY_BYTES, SIGNATURE_BYTES
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
@@ -31,7 +32,7 @@ from umbel.privacy.secure_aggregation.wire import Entry, Reader, pack_entries, p
 
 MAGIC = b"UMBELS\x01"  # seven bytes: a header of 40 leaves the words of a vector aligned
 DIGEST_BYTES = 32
-ADVERT_BYTES = 4 + 3 * KEY_BYTES + SIGNATURE_BYTES
+ADVERT_BYTES = 4 + KEY_BYTES + NONCE_BYTES
 MAX_DETAIL = 200
 _REASONS = frozenset(reason.value for reason in Reason)
 
@@ -55,43 +56,32 @@ class Invitation:
 
 @dataclass(frozen=True)
 class Advert:
-    """A member's ephemeral keys and the end of its hash chain, signed with its identity.
+    """A member's ephemeral key and the end of its hash chain.
 
-    ``mask_key`` is shared out and opened if the member vanishes; ``box_key`` never is, because with
-    it the server would read the shares that the member was dealt.
+    Nothing is signed: a pair's keys hold the secret of both identities as well, so that another's
+    ephemeral key opens no box.
     """
 
     KIND: ClassVar[int] = 2
     member: int
-    mask_key: bytes
-    box_key: bytes
+    key: bytes
     commitment: bytes
-    signature: bytes
-
-    def signed(self, terms_digest: bytes) -> bytes:
-        """The bytes under the signature."""
-        fields = self.mask_key + self.box_key + self.commitment
-        return terms_digest + struct.pack(">I", self.member) + fields
 
     def body(self) -> bytes:
-        """The encoding without its header; 164 bytes."""
-        fields = self.mask_key + self.box_key + self.commitment + self.signature
-        return struct.pack(">I", self.member) + fields
+        """The encoding without its header; 68 bytes."""
+        return struct.pack(">I", self.member) + self.key + self.commitment
 
     @classmethod
     def read(cls, reader: Reader) -> Advert:
         """Takes the body off ``reader``."""
-        member = reader.number(4)
-        mask_key, box_key = reader.take(KEY_BYTES), reader.take(KEY_BYTES)
-        commitment, signature = reader.take(KEY_BYTES), reader.take(SIGNATURE_BYTES)
-        return cls(member, mask_key, box_key, commitment, signature)
+        return cls(reader.number(4), reader.take(KEY_BYTES), reader.take(NONCE_BYTES))
 
 
 @dataclass(frozen=True)
 class Roster:
     """All who take part, the degree and the threshold.
 
-    ``adverts`` are the bodies in ascending order of members, 164 bytes each; a client reads those
+    ``adverts`` are the bodies in ascending order of members, 68 bytes each; a client reads those
     of its neighbours and the commitments of all.
     """
 
@@ -121,7 +111,7 @@ class Roster:
 
     def commitments(self) -> list[bytes]:
         """The commitments of all, in roster order."""
-        first = 4 + 2 * KEY_BYTES
+        first = 4 + KEY_BYTES
         starts = range(first, len(self.adverts), ADVERT_BYTES)
         return [self.adverts[start : start + NONCE_BYTES] for start in starts]
 
@@ -164,21 +154,24 @@ class Draw:
 
 @dataclass(frozen=True)
 class Shares:
-    """A sealed box for each neighbour, and a digest that the opened seed is checked against."""
+    """A sealed box for each neighbour, and digests that opened secrets are checked against."""
 
     KIND: ClassVar[int] = 6
     member: int
     seed_digest: bytes
+    root_digest: bytes
     boxes: tuple[Entry, ...]
 
     def body(self) -> bytes:
         """The encoding without its header."""
-        return struct.pack(">I", self.member) + self.seed_digest + pack_entries(self.boxes)
+        head = struct.pack(">I", self.member) + self.seed_digest + self.root_digest
+        return head + pack_entries(self.boxes)
 
     @classmethod
     def read(cls, reader: Reader) -> Shares:
         """Takes the body off ``reader``."""
-        return cls(reader.number(4), reader.take(DIGEST_BYTES), reader.entries(BOX_BYTES))
+        member, seed, root = reader.number(4), reader.take(DIGEST_BYTES), reader.take(DIGEST_BYTES)
+        return cls(member, seed, root, reader.entries(BOX_BYTES))
 
 
 @dataclass(frozen=True)
@@ -200,22 +193,26 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Masked:
-    """The masked vector, and for each neighbour in it a tag that only that neighbour can check."""
+    """The masked vector, and for each neighbour in it what belongs to the mask between them.
+
+    An entry of ``seals`` is a tag of 16 bytes that only the neighbour can check, and the member's
+    half of the mask key, 32 bytes, wrapped with the neighbour's half.
+    """
 
     KIND: ClassVar[int] = 8
     member: int
-    tags: tuple[Entry, ...]
+    seals: tuple[Entry, ...]
     words: bytes | memoryview
 
     def body(self) -> bytes:
         """The encoding without its header."""
-        head = struct.pack(">I", self.member) + pack_entries(self.tags)
+        head = struct.pack(">I", self.member) + pack_entries(self.seals)
         return b"".join((head, self.words))
 
     @classmethod
     def read(cls, reader: Reader) -> Masked:
         """Takes the body off ``reader``; the words are not copied."""
-        return cls(reader.number(4), reader.entries(TAG_BYTES), reader.rest())
+        return cls(reader.number(4), reader.entries(TAG_BYTES + HALF_BYTES), reader.rest())
 
 
 @dataclass(frozen=True)
@@ -243,26 +240,26 @@ class Survivors:
 
 @dataclass(frozen=True)
 class Consent:
-    """A member's signature under the digest of the survivor set that it was shown."""
+    """The digest of the survivor set that a member was shown, under a tag for each neighbour."""
 
     KIND: ClassVar[int] = 10
     member: int
     digest: bytes
-    signature: bytes
+    tags: tuple[Entry, ...]
 
     def body(self) -> bytes:
         """The encoding without its header."""
-        return struct.pack(">I", self.member) + self.digest + self.signature
+        return struct.pack(">I", self.member) + self.digest + pack_entries(self.tags)
 
     @classmethod
     def read(cls, reader: Reader) -> Consent:
         """Takes the body off ``reader``."""
-        return cls(reader.number(4), reader.take(DIGEST_BYTES), reader.take(SIGNATURE_BYTES))
+        return cls(reader.number(4), reader.take(DIGEST_BYTES), reader.entries(TAG_BYTES))
 
 
 @dataclass(frozen=True)
 class Consents:
-    """The consents of a member's neighbours: digest and signature of each."""
+    """The consents of a member's neighbours: digest and tag of each."""
 
     KIND: ClassVar[int] = 11
     consents: tuple[Entry, ...]
@@ -274,21 +271,21 @@ class Consents:
     @classmethod
     def read(cls, reader: Reader) -> Consents:
         """Takes the body off ``reader``."""
-        return cls(reader.entries(DIGEST_BYTES + SIGNATURE_BYTES))
+        return cls(reader.entries(DIGEST_BYTES + TAG_BYTES))
 
 
 @dataclass(frozen=True)
 class Unmask:
-    """Shares of the seeds of neighbours in the sum, and of the mask keys of those who are not."""
+    """Shares of the seeds of neighbours in the sum, and of the roots of those who are not."""
 
     KIND: ClassVar[int] = 12
     member: int
     seeds: tuple[Entry, ...]
-    mask_keys: tuple[Entry, ...]
+    roots: tuple[Entry, ...]
 
     def body(self) -> bytes:
         """The encoding without its header."""
-        shares = pack_entries(self.seeds) + pack_entries(self.mask_keys)
+        shares = pack_entries(self.seeds) + pack_entries(self.roots)
         return struct.pack(">I", self.member) + shares
 
     @classmethod
@@ -326,8 +323,27 @@ class Refusal:
         return cls(member, Reason(code), detail.decode("ascii"), signature)
 
 
+@dataclass(frozen=True)
+class Again:
+    """The terms of a round among those who were in an earlier one, by the digest of its graph."""
+
+    KIND: ClassVar[int] = 14
+    terms: bytes
+    setup: bytes
+
+    def body(self) -> bytes:
+        """The encoding without its header."""
+        return self.terms + self.setup
+
+    @classmethod
+    def read(cls, reader: Reader) -> Again:
+        """Takes the body off ``reader``."""
+        return cls(reader.take(TERMS_BYTES), reader.take(DIGEST_BYTES))
+
+
 Message: TypeAlias = (
     Invitation
+    | Again
     | Advert
     | Roster
     | Reveal
@@ -346,6 +362,7 @@ _KINDS: dict[int, type[Message]] = {
     kind.KIND: kind
     for kind in (
         Invitation,
+        Again,
         Advert,
         Roster,
         Reveal,
@@ -372,7 +389,8 @@ def decode(data: bytes, terms_digest: bytes) -> Message:
 
     Raises:
         Refused: MALFORMED or DUPLICATE_MEMBER for bytes that no member would send; REPLAY for a
-            message of another round. An Invitation is not compared: it says what the round is.
+            message of another round. Invitation and Again are not compared: they say what the round
+            is.
     """
     reader = Reader(data)
     if reader.take(len(MAGIC)) != MAGIC:
@@ -380,7 +398,7 @@ def decode(data: bytes, terms_digest: bytes) -> Message:
     kind = _KINDS.get(reader.number(1))
     if kind is None:
         raise Refused(Reason.MALFORMED, "a message of no known kind")
-    if reader.take(DIGEST_BYTES) != terms_digest and kind is not Invitation:
+    if reader.take(DIGEST_BYTES) != terms_digest and kind not in (Invitation, Again):
         raise Refused(Reason.REPLAY, "a message of another run, round or model")
     message = kind.read(reader)
     reader.finish()

@@ -41,6 +41,7 @@ class Reason(IntEnum):
     TOO_FEW_CONSENTS = 27
     ALREADY_UNMASKED = 28
     DEAD = 29
+    NO_SETUP = 30
 
 
 class Refused(Exception):

@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 
 from umbel.core.errors import InputError
 from umbel.privacy.secure_aggregation import graph
 from umbel.privacy.secure_aggregation.agreement import RoundKeys
+from umbel.privacy.secure_aggregation.boxes import TAG_BYTES
 from umbel.privacy.secure_aggregation.identities import Directory
 from umbel.privacy.secure_aggregation.keystream import Words
 from umbel.privacy.secure_aggregation.messages import (
     Advert,
+    Again,
     Consent,
     Consents,
     Delivery,
@@ -39,7 +42,7 @@ from umbel.privacy.secure_aggregation.messages import (
 )
 from umbel.privacy.secure_aggregation.parameters import MAX_DRAWS, Design
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
-from umbel.privacy.secure_aggregation.statements import SIGN_ADVERT, SIGN_REFUSAL
+from umbel.privacy.secure_aggregation.statements import SIGN_REFUSAL
 from umbel.privacy.secure_aggregation.terms import Terms
 from umbel.privacy.secure_aggregation.unmasking import Cannot, unmask
 from umbel.privacy.secure_aggregation.words import unpack_words
@@ -79,6 +82,19 @@ class Aborted:
     why: str
 
 
+class Setup(NamedTuple):
+    """What a server may keep of a round, to ask the same members again without new keys.
+
+    Args:
+        roster: as it was sent. digest: of roster and graph.
+        neighbours: of each member, ascending.
+    """
+
+    roster: Roster
+    digest: bytes
+    neighbours: Mapping[int, tuple[int, ...]]
+
+
 class Server:
     """One round.
 
@@ -89,6 +105,7 @@ class Server:
         design: the graph and threshold for as many as answered; ``parameters.choose`` bound to
             the stated fractions.
         min_cohort: the fewest members of a sum.
+        setup: of an earlier round of the same members; they are asked for shares at once.
     """
 
     def __init__(
@@ -98,6 +115,7 @@ class Server:
         members: Iterable[int],
         design: Callable[[int], Design],
         min_cohort: int = 3,
+        setup: Setup | None = None,
     ) -> None:
         self._terms = terms
         self._digest = terms.digest
@@ -113,12 +131,13 @@ class Server:
         self._roster = Roster(0, 0, 0, b"")
         self._draw = 0
         self._nonces: dict[int, bytes] = {}
-        self._neighbours: dict[int, tuple[int, ...]] = {}
+        self._neighbours: Mapping[int, tuple[int, ...]] = {}
         self._graph_digest = b""
+        self.setup = setup
         self._shares: dict[int, Shares] = {}
         self._dealt_with: dict[int, tuple[int, ...]] = {}
         self._sum = np.zeros(terms.size, dtype="<u4")
-        self._tags: dict[int, dict[int, bytes]] = {}
+        self._seals: dict[int, dict[int, bytes]] = {}
         self._dead: tuple[int, ...] = ()
         self._survivors: tuple[int, ...] = ()
         self._consents: dict[int, Consent] = {}
@@ -136,6 +155,12 @@ class Server:
 
     def invite(self) -> Outbox:
         """The first messages."""
+        if self.setup is not None:
+            self._roster, self._neighbours = self.setup.roster, self.setup.neighbours
+            self._graph_digest = graph.kept_digest(self._digest, self.setup.digest)
+            self._open(Stage.SHARES, self._invited)
+            again = Again(self._terms.encode(), self.setup.digest)
+            return self._send(dict.fromkeys(self._invited, again))
         return self._send({m: Invitation(self._terms.encode()) for m in self._invited})
 
     def receive(self, member: int, data: bytes) -> None:
@@ -147,7 +172,7 @@ class Server:
             message = decode(data, self._digest)
             if isinstance(message, Refusal):
                 self._take_refusal(member, message)
-            elif isinstance(message, Invitation) or type(message) is not self._stage.value:
+            elif type(message) is not self._stage.value:
                 self.turned_away.append((member, f"late or early {type(message).__name__}"))
             elif member not in self._waiting or getattr(message, "member", None) != member:
                 self.turned_away.append((member, f"{type(message).__name__} not waited for"))
@@ -170,9 +195,6 @@ class Server:
     def _take(self, message: Message) -> None:
         match message:
             case Advert(member=member):
-                signed = message.signed(self._digest)
-                if not self._directory.verify(member, SIGN_ADVERT, signed, message.signature):
-                    raise _unused("an advert that it did not sign")
                 self._adverts[member] = message
             case Reveal(member=member):
                 commitment = self._adverts[member].commitment
@@ -187,10 +209,11 @@ class Server:
                 self._shares[member] = message
             case Masked(member=member):
                 partners = self._partners(member)
-                if tuple(them for them, _ in message.tags) != partners:
+                if tuple([them for them, _ in message.seals]) != partners:
                     raise _unused("a vector with other masks than those dealt")
-                self._sum += unpack_words(message.words, self._terms)
-                self._tags[member] = dict(message.tags)
+                words = unpack_words(message.words, self._terms)
+                np.add(self._sum, words, out=self._sum)
+                self._seals[member] = dict(message.seals)
             case Consent(member=member):
                 self._consents[member] = message
             case Unmask(member=member):
@@ -200,7 +223,7 @@ class Server:
                 keys = tuple(them for them in partners if them not in alive)
                 if (
                     tuple(them for them, _ in message.seeds) != seeds
-                    or tuple(them for them, _ in message.mask_keys) != keys
+                    or tuple(them for them, _ in message.roots) != keys
                 ):
                     raise _unused("other shares than those asked for")
                 self._opened[member] = message
@@ -231,7 +254,7 @@ class Server:
         self._sum = np.zeros(0, dtype="<u4")
         self._opened.clear()
         self._shares.clear()
-        self._tags.clear()
+        self._seals.clear()
 
     def _send(self, messages: Mapping[int, Message]) -> Outbox:
         # What goes to all is encoded, and held, once.
@@ -288,10 +311,12 @@ class Server:
     def _lay_out(self, seed: bytes, order: graph.Order) -> None:
         members = tuple(self._adverts)
         self._graph_digest = graph.digest_of(self._roster_digest(), seed)
+        digest = self._graph_digest
         table = graph.neighbours_on(order, self._roster.neighbours)
         self._neighbours = {
             m: tuple(members[i] for i in row) for m, row in zip(members, table, strict=True)
         }
+        self.setup = Setup(self._roster, digest, self._neighbours)
         self._open(Stage.SHARES, members)
 
     def _partners(self, member: int) -> tuple[int, ...]:
@@ -317,24 +342,25 @@ class Server:
         return self._send({m: Delivery(tuple(entries)) for m, entries in boxes.items()})
 
     def _close_masked(self) -> Outbox:
-        self._survivors = tuple(sorted(self._tags))
+        self._survivors = tuple(sorted(self._seals))
         self._at_least(len(self._survivors))
-        self._dead = tuple(sorted(self._shares.keys() - self._tags.keys()))
-        self._reachable(self._tags.keys())
+        self._dead = tuple(sorted(self._shares.keys() - self._seals.keys()))
+        self._reachable(self._seals.keys())
         messages: dict[int, Message] = {}
         for m in self._survivors:
-            tags = [(v, self._tags[v][m]) for v in self._partners(m) if v in self._tags]
-            messages[m] = Survivors(self._survivors, self._dead, tuple(tags))
-        self._tags.clear()
+            there = [(v, self._seals[v]) for v in self._partners(m) if v in self._seals]
+            tags = tuple([(v, seals[m][:TAG_BYTES]) for v, seals in there])
+            messages[m] = Survivors(self._survivors, self._dead, tags)
         self._open(Stage.CONSENTS, self._survivors)
         return self._send(messages)
 
     def _close_consents(self) -> Outbox:
         self._reachable(self._consents.keys())
-        signed = {m: c.digest + c.signature for m, c in self._consents.items()}
+        shown = {m: (c.digest, dict(c.tags)) for m, c in self._consents.items()}
         messages: dict[int, Message] = {}
         for m in self._consents:
-            consents = tuple((v, signed[v]) for v in self._partners(m) if v in signed)
+            there = [(v, *shown[v]) for v in self._partners(m) if v in shown]
+            consents = tuple([(v, digest + tags[m]) for v, digest, tags in there if m in tags])
             if self._enough(consents):
                 messages[m] = Consents(consents)
             else:
@@ -353,8 +379,8 @@ class Server:
             survivors=self._survivors,
             dead=self._dead,
             threshold=self._roster.threshold,
-            seed_digests={m: self._shares[m].seed_digest for m in self._survivors},
-            mask_keys={m: a.mask_key for m, a in self._adverts.items()},
+            dealt=self._shares,
+            seals=self._seals,
             graph_digest=self._graph_digest,
             keys=RoundKeys(self._terms.run, self._terms.round_number, self._digest),
         )

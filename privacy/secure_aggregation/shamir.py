@@ -9,15 +9,17 @@ Source: Shamir 1979, "How to share a secret".
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Mapping
 from functools import lru_cache
+from operator import mul
 
 import numpy as np
 
 PRIME = 2**256 + 297
 SECRET_BYTES = 32
 SHARE_BYTES = 33
+_RANDOM_BYTES = 56
 
 
 class InconsistentSharesError(ValueError):
@@ -36,15 +38,22 @@ def split(secret: bytes, threshold: int, holders: int) -> list[bytes]:
     """
     if len(secret) != SECRET_BYTES or not 1 <= threshold <= holders:
         raise ValueError(f"cannot share {len(secret)} bytes {threshold} of {holders}")
-    lower = [secrets.randbelow(PRIME) for _ in range(threshold - 1)]
-    lower.append(int.from_bytes(secret, "big"))
-    shares = []
-    for x in range(1, holders + 1):
-        value = 0
-        for coefficient in lower:  # Horner, highest power first
-            value = (value * x + coefficient) % PRIME
-        shares.append(value.to_bytes(SHARE_BYTES, "big"))
-    return shares
+    coefficients = [int.from_bytes(secret, "big")]
+    # 192 bits more than the prime has: reduced, they are uniform to within 2**-190.
+    random = os.urandom(_RANDOM_BYTES * (threshold - 1))
+    for at in range(0, len(random), _RANDOM_BYTES):
+        coefficients.append(int.from_bytes(random[at : at + _RANDOM_BYTES], "big") % PRIME)
+    # The powers of small points are small, so one reduction a share will do.
+    return [
+        (sum(map(mul, coefficients, powers)) % PRIME).to_bytes(SHARE_BYTES, "big")
+        for powers in _powers(threshold, holders)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _powers(threshold: int, holders: int) -> tuple[tuple[int, ...], ...]:
+    """x**0 … x**(threshold - 1) for the points 1 … holders."""
+    return tuple(tuple(x**i for i in range(threshold)) for x in range(1, holders + 1))
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes:

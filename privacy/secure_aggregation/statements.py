@@ -7,8 +7,6 @@ import hashlib
 from umbel.privacy.secure_aggregation.identities import PROTOCOL
 from umbel.privacy.secure_aggregation.messages import Survivors
 
-SIGN_ADVERT = b"advert"
-SIGN_SURVIVORS = b"survivors"
 SIGN_REFUSAL = b"refusal"
 
 
@@ -18,6 +16,12 @@ def seed_digest(graph_digest: bytes, member: int, seed: bytes) -> bytes:
     return hashlib.sha256(head + seed).digest()
 
 
+def root_digest(graph_digest: bytes, member: int, root: bytes) -> bytes:
+    """The same for the root of a member's halves."""
+    head = PROTOCOL + b"\0root\0" + graph_digest + member.to_bytes(4, "big")
+    return hashlib.sha256(head + root).digest()
+
+
 def survivors_digest(message: Survivors, graph_digest: bytes) -> bytes:
-    """What a consent signs."""
+    """What a consent is to."""
     return hashlib.sha256(PROTOCOL + b"\0survivors\0" + message.signed(graph_digest)).digest()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 
 from umbel.privacy.secure_aggregation import shamir
-from umbel.privacy.secure_aggregation.agreement import KeyPair, Purpose, RoundKeys
+from umbel.privacy.secure_aggregation.agreement import RoundKeys
+from umbel.privacy.secure_aggregation.boxes import TAG_BYTES
 from umbel.privacy.secure_aggregation.keystream import Words, add_streams
-from umbel.privacy.secure_aggregation.messages import Unmask
-from umbel.privacy.secure_aggregation.statements import seed_digest
+from umbel.privacy.secure_aggregation.messages import Shares, Unmask
+from umbel.privacy.secure_aggregation.statements import root_digest, seed_digest
 
 
 class Cannot(Exception):
@@ -25,8 +25,8 @@ def unmask(
     survivors: tuple[int, ...],
     dead: tuple[int, ...],
     threshold: int,
-    seed_digests: Mapping[int, bytes],
-    mask_keys: Mapping[int, bytes],
+    dealt: Mapping[int, Shares],
+    seals: Mapping[int, Mapping[int, bytes]],
     graph_digest: bytes,
     keys: RoundKeys,
 ) -> None:
@@ -38,31 +38,36 @@ def unmask(
         neighbours: of each member, ascending; the i-th holds the share at point i + 1.
         partners: of each dead member, those with whom it shares a mask.
         threshold: shares that open a secret.
-        seed_digests: of each survivor's seed. mask_keys: the public mask keys.
+        dealt: what each member dealt, with the digests of its secrets.
+        seals: of each survivor, by neighbour: a tag, and its half of the mask key, wrapped.
     Raises:
         Cannot: the shares of some member do not give the secret that it committed to.
     """
     shares: dict[int, dict[int, bytes]] = {m: {} for m in (*survivors, *dead)}
+    place = {m: {v: i for i, v in enumerate(listed, 1)} for m, listed in neighbours.items()}
     for message in opened:
-        for member, share in (*message.seeds, *message.mask_keys):
-            shares[member][bisect_left(neighbours[member], message.member) + 1] = share
+        holder = message.member
+        for member, share in (*message.seeds, *message.roots):
+            shares[member][place[member][holder]] = share
     alive = set(survivors)
     remove: list[bytes] = []
     restore: list[bytes] = []
     for member in survivors:
         seed = _rebuild(member, shares[member], threshold)
-        if seed_digest(graph_digest, member, seed) != seed_digests[member]:
+        if seed_digest(graph_digest, member, seed) != dealt[member].seed_digest:
             raise Cannot(f"the shares of member {member}'s seed are not those that it dealt")
-        remove.append(keys.derive(seed, member, member, Purpose.SELF_MASK))
+        remove.append(keys.self_mask(seed, member))
     for member in dead:
         live = [v for v in partners[member] if v in alive]
         if not live:
             continue
-        pair = KeyPair(_rebuild(member, shares[member], threshold))
-        if pair.public_key != mask_keys[member]:
-            raise Cannot(f"the shares of member {member}'s key are not those that it dealt")
+        root = _rebuild(member, shares[member], threshold)
+        if root_digest(graph_digest, member, root) != dealt[member].root_digest:
+            raise Cannot(f"the shares of member {member}'s root are not those that it dealt")
         for v in live:
-            mask = keys.mask(pair.agree(mask_keys[v], v), member, v)
+            half = keys.half(root, member, v)
+            other = keys.wrap(seals[v][member][TAG_BYTES:], half, v, member)
+            mask = keys.mask((half, other), member, v)
             # v added the mask with a higher number and took off the one with a lower.
             (remove if member > v else restore).append(mask)
     add_streams(total, restore, remove)

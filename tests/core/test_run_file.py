@@ -53,7 +53,7 @@ WRONG = {
     ),
     '[evaluate]\nmetrics = ["accuracy", 1]': "metrics[1] = 1: must be text",
     '[privacy]\nunit = "client"': "unit = 'client': must be 'none' in this version",
-    "[secure_aggregation]\nenabled = true": "enabled = true: must be false in this version",
+    "[secure_aggregation]\nbits = 8": "bits = 8: must be a whole number at least 16 and at most 32",
     '[attack]\nkind = "x"': "[attack] is not supported by this version; remove [attack]",
     "[clint]\nlr = 1": "unknown table [clint]; did you mean 'client'?",
     "run = 3": "run = 3 is not a table; write [run]",

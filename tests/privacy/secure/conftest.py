@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from umbel.privacy.secure_aggregation.client import Client
+from umbel.privacy.secure_aggregation.client import Setup as ClientSetup
 from umbel.privacy.secure_aggregation.identities import Directory, Identity
 from umbel.privacy.secure_aggregation.keystream import Words
 from umbel.privacy.secure_aggregation.messages import Message, decode, encode
 from umbel.privacy.secure_aggregation.parameters import Design, safe_threshold
-from umbel.privacy.secure_aggregation.server import Outbox, Server, Stage
+from umbel.privacy.secure_aggregation.server import Outbox, Server, Setup, Stage
 from umbel.privacy.secure_aggregation.terms import Policy, Terms, widest_values
 
 
@@ -28,18 +29,25 @@ class Cohort:
     clients: dict[int, Client] = field(default_factory=dict)
     opened: list[int] = field(default_factory=list)  # members whose payload was asked for
 
-    def client(self, member: int) -> Client:
+    def client(self, member: int, keep: bool = False, setup: ClientSetup | None = None) -> Client:
         def payload() -> Words:
             self.opened.append(member)
             return self.inputs[member]
 
         identity = self.identities[member]
-        return Client(member, identity, self.directory, self.terms, self.policy, payload)
+        return Client(
+            member, identity, self.directory, self.terms, self.policy, payload, keep, setup
+        )
 
-    def server(self) -> Server:
+    def next_round(self) -> Cohort:
+        """The same members and inputs, a round later."""
+        terms = replace(self.terms, round_number=self.terms.round_number + 1)
+        return replace(self, terms=terms, clients={}, opened=[])
+
+    def server(self, setup: Setup | None = None) -> Server:
         design, members = self.design, range(len(self.inputs))
         least = self.policy.min_cohort
-        return Server(self.terms, self.directory, members, lambda n: _fit(design, n), least)
+        return Server(self.terms, self.directory, members, lambda n: _fit(design, n), least, setup)
 
     def until(self, kind: type[Message], victim: int = 0) -> Message:
         """Runs an honest round up to the message of ``kind`` that ``victim`` would get next."""

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from umbel.core.errors import InputError
 from umbel.privacy.secure_aggregation import agreement, boxes, keystream, shamir
-from umbel.privacy.secure_aggregation.agreement import KeyPair, Purpose, RoundKeys
+from umbel.privacy.secure_aggregation.agreement import KeyPair, RoundKeys
 from umbel.privacy.secure_aggregation.identities import Directory, Identity
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
 
 
 def test_key_stream_is_aes_256_in_counter_mode():
     # The cipher of the zero block under the zero key, then NIST SP 800-38A, F.5.5, whose counter
-    # starts elsewhere; the stream here is the cipher of the blocks 0, 1, 2, … under the same key.
-    zero = keystream.key_bytes(bytes(32), 32)
-    assert zero[:16].hex() == "dc95c078a2408989ad48a21492842087"
+    # starts elsewhere; the stream here is the cipher of the blocks 2, 3, 4, … under the same key.
+    zero = Cipher(algorithms.AES256(bytes(32)), modes.ECB()).encryptor().update(bytes(16))
+    assert zero.hex() == "dc95c078a2408989ad48a21492842087"
+    # The first block of ciphertext of GCM's test case 14 (McGrew and Viega), of a zero plaintext.
+    assert keystream.key_bytes(bytes(32), 16).hex() == "cea7403d4d606b6e074ec5d3baf39d18"
     key = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
     counter = bytes.fromhex("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff")
     plain = bytes.fromhex("6bc1bee22e409f96e93d7e117393172a")
     nist = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor().update(plain)
     assert nist.hex() == "601ec313775789a5b7a7f504bbf3d228"
-    blocks = b"".join(i.to_bytes(16, "big") for i in range(4))
+    blocks = b"".join(i.to_bytes(16, "big") for i in range(2, 6))
     ecb = Cipher(algorithms.AES256(key), modes.ECB()).encryptor().update(blocks)
     assert keystream.key_bytes(key, 64) == ecb
 
@@ -78,13 +82,54 @@ def test_no_two_purposes_pairs_rounds_or_runs_share_a_key():
     derived = set()
     for run, number, terms in itertools.product((b"a" * 16, b"b" * 16), (0, 1), (b"t" * 32,)):
         keys = RoundKeys(run, number, terms)
-        for purpose in Purpose:
-            derived.add(keys.derive(b"s" * 32, 1, 2, purpose))
-            derived.add(keys.derive(b"s" * 32, 2, 1, purpose))
-    assert len(derived) == 4 * 2 * len(Purpose)
+        for a, b in ((1, 2), (2, 3)):
+            derived.update(keys.pair(b"s" * 64, a, b))
+            derived.add(keys.half(b"s" * 32, a, b))
+            derived.add(keys.half(b"s" * 32, b, a))
+            derived.add(keys.wrap(bytes(32), b"s" * 32, a, b))
+            derived.add(keys.wrap(bytes(32), b"s" * 32, b, a))
+            derived.add(keys.mask((b"s" * 32, b"t" * 32), a, b))
+        derived.add(keys.self_mask(b"s" * 32, 1))
+    assert len(derived) == 4 * (2 * 8 + 1)
+    keys, other = RoundKeys(b"a" * 16, 0, b"t" * 32), RoundKeys(b"a" * 16, 0, b"u" * 32)
+    assert keys.pair(b"s" * 64, 1, 2) == keys.pair(b"s" * 64, 2, 1)
+    assert keys.pair(b"s" * 64, 1, 2).box(1, 2) != keys.pair(b"s" * 64, 1, 2).box(2, 1)
+    assert keys.mask((b"s" * 32, b"t" * 32), 1, 2) == keys.mask((b"t" * 32, b"s" * 32), 2, 1)
+    assert keys.mask((b"s" * 32, b"t" * 32), 1, 2) != other.mask((b"s" * 32, b"t" * 32), 1, 2)
+    assert set(keys.pair(b"s" * 64, 1, 2)).isdisjoint(other.pair(b"s" * 64, 1, 2))
+
+
+def test_a_half_is_read_with_the_other_half_alone():
     keys = RoundKeys(b"a" * 16, 0, b"t" * 32)
-    assert keys.mask(b"s" * 32, 1, 2) == keys.mask(b"s" * 32, 2, 1)
-    assert keys.mask(b"s" * 32, 1, 2) != RoundKeys(b"a" * 16, 0, b"u" * 32).mask(b"s" * 32, 1, 2)
+    mine, theirs = os.urandom(32), os.urandom(32)
+    wrapped = keys.wrap(mine, theirs, 1, 2)
+    assert keys.wrap(wrapped, theirs, 1, 2) == mine
+    assert keys.wrap(wrapped, theirs, 2, 1) != mine
+    assert keys.wrap(wrapped, os.urandom(32), 1, 2) != mine
+
+
+def test_an_identity_agrees_as_its_map_to_the_other_curve_says():
+    # The pair of RFC 8032, section 7.1, test 1, and its image as libsodium's
+    # crypto_sign_ed25519_pk_to_curve25519 gives it.
+    private = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60"
+    public = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
+    one, other = Identity(bytes.fromhex(private)), Identity.generate()
+    assert one.public_key.hex() == public
+    directory = Directory([one.public_key, other.public_key])
+    scalar = X25519PrivateKey.from_private_bytes(
+        hashlib.sha512(bytes.fromhex(private)).digest()[:32]
+    )
+    assert directory.exchange_key(0).public_bytes_raw() == scalar.public_key().public_bytes_raw()
+    assert one.agree(directory, 1) == other.agree(directory, 0)
+    assert one.agree(directory, 1) != Identity.generate().agree(directory, 1)
+
+
+def test_a_pinned_key_of_small_order_agrees_on_nothing():
+    neutral = (1).to_bytes(32, "little")
+    one = Identity.generate()
+    directory = Directory([one.public_key, neutral])
+    with pytest.raises(ValueError, match=r"(?i)shared"):
+        one.agree(directory, 1)
 
 
 def test_the_field_is_the_smallest_prime_above_two_to_the_256():
@@ -151,9 +196,10 @@ def test_large_points_have_exact_coefficients():
 
 def test_a_box_opens_for_its_pair_and_graph_only():
     key, graph = os.urandom(32), os.urandom(32)
-    box = boxes.seal(key, graph, 1, 2, b"a" * 33, b"b" * 33)
+    contents = boxes.Contents(b"a" * 33, b"b" * 33, b"c" * 32)
+    box = boxes.seal(key, graph, 1, 2, contents)
     assert len(box) == boxes.BOX_BYTES
-    assert boxes.open_box(key, graph, 1, 2, box) == (b"a" * 33, b"b" * 33)
+    assert boxes.open_box(key, graph, 1, 2, box) == contents
     flipped = bytes([box[0] ^ 1]) + box[1:]
     others = (
         (graph, 2, 1, box),

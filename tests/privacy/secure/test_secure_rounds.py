@@ -179,7 +179,7 @@ def test_a_second_vector_and_one_in_another_name_are_discarded(cohort_of):
 
 
 def test_wrong_shares_from_a_client_end_the_round_instead_of_a_wrong_sum(cohort_of):
-    for kind in ("seeds", "mask_keys"):
+    for kind in ("seeds", "roots"):
         cohort = cohort_of(5)
         server = cohort.server()
         out = server.invite()
@@ -193,7 +193,7 @@ def test_wrong_shares_from_a_client_end_the_round_instead_of_a_wrong_sum(cohort_
                     (them, share), rest = entries[0], entries[1:]
                     wrong = share[:-1] + bytes([share[-1] ^ 1])
                     seeds = ((them, wrong), *rest) if kind == "seeds" else answer.seeds
-                    keys = ((them, wrong), *rest) if kind == "mask_keys" else answer.mask_keys
+                    keys = ((them, wrong), *rest) if kind == "roots" else answer.roots
                     answer = type(answer)(0, seeds, keys)
                 server.receive(member, encode(answer, cohort.terms.digest))
             out = server.advance()
@@ -271,7 +271,7 @@ def test_secrets_are_let_go_at_the_end(cohort_of):
         kept = vars(client)
         assert kept["_edges"] == {}
         assert kept["_seed"] == bytearray()
-        assert kept["_mask_pair"] is kept["_box_pair"] is kept["_chain"] is None
+        assert kept["_pair"] is kept["_chain"] is None
 
 
 def test_the_seed_is_overwritten_once_the_vector_is_masked(cohort_of):
@@ -286,7 +286,9 @@ def test_the_seed_is_overwritten_once_the_vector_is_masked(cohort_of):
     masked = cohort.clients[0].step(out.messages[0])
     assert isinstance(masked, Masked)
     assert not any(seed)
-    assert all(edge.mask == b"" for edge in vars(cohort.clients[0])["_edges"].values())
+    assert all(
+        edge.mine == edge.theirs.half == b"" for edge in vars(cohort.clients[0])["_edges"].values()
+    )
 
 
 def test_a_failing_payload_stays_at_home_and_ends_the_round_for_its_client(cohort_of):
