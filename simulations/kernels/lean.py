@@ -13,6 +13,7 @@ from umbel.client import devices, optimizers
 from umbel.core.trees import Tree, map_tree
 from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
+from umbel.simulations.kernels.rectify import rectify_late
 from umbel.tasks.evaluate import add_sums
 from umbel.tasks.task import Batch
 
@@ -32,6 +33,7 @@ class Lean:
             raise Obstacle("float16 needs a scale of the loss for each client")
         self._subject = subject
         self._own = copy.deepcopy(subject.module).train()
+        rectify_late(self._own)
         convolves = any(isinstance(m, nn.Conv2d) for m in self._own.modules())
         self._channels_last = convolves and not subject.draws
         if self._channels_last:

@@ -16,6 +16,7 @@ from umbel.datasets.federated import FederatedData, Holdings, Info, Numbered
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.engines.vectorised import vectorised
 from umbel.simulations.kernels.kernel import Obstacle
+from umbel.simulations.kernels.rectify import rectify_late
 from umbel.simulations.kernels.trace import trace
 from umbel.strategies.parts import ClientRule
 from umbel.strategies.parts.rule import proximal
@@ -287,6 +288,34 @@ def test_lean_draws_and_counts_as_the_runtime_does():
     assert int(fast.delta["1.num_batches_tracked"][0]) == 2
     for name, d in slow.delta.items():
         assert torch.equal(fast.delta[name], d), name
+
+
+def pooling_mlp():
+    return nn.Sequential(cnn(), nn.ReLU(), nn.Linear(3, 3))
+
+
+def test_rectifying_late_gives_the_same_bits():
+    torch.manual_seed(3)
+    plain, late = pooling_mlp(), pooling_mlp()
+    late.load_state_dict(plain.state_dict())
+    rectify_late(late)
+    kinds = [type(m).__name__ for m in late[0]]
+    assert kinds[1:3] == ["MaxPool2d", "ReLU"]
+    assert [m.inplace for m in late.modules() if isinstance(m, nn.ReLU)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    x = torch.randn(5, 1, 8, 8)
+    x[:, :, ::3] = 0
+    left, right = (m(x).square().sum() for m in (plain, late))
+    assert torch.equal(left, right)
+    pairs = zip(
+        *(torch.autograd.grad(v, list(m.parameters())) for v, m in ((left, plain), (right, late))),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_the_plan_does_not_depend_on_what_was_trained_before():
