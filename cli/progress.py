@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from umbel.cli.output import note
+from umbel.cli.output import duration, note
 
 if TYPE_CHECKING:
     from umbel.server.records import RoundRecord
@@ -45,11 +45,14 @@ class Lines:
     def __init__(self) -> None:
         self._shown = -1.0
         self._waiting = ""
+        self._pace = Pace()
 
     def on_round(self, record: RoundRecord, rounds: int) -> None:
         """Prints the round, or keeps it in case that it is the last."""
-        line = describe(record, rounds)
         now = time.monotonic()
+        line = "  ".join(
+            part for part in (describe(record, rounds), self._pace(record, rounds, now)) if part
+        )
         if now - self._shown < 1 / LINES_A_SECOND and record.round < rounds:
             self._waiting = line
             return
@@ -84,16 +87,24 @@ class Live:
             TimeRemainingColumn(),
             TextColumn("{task.fields[rate]}"),
             TextColumn("[bold]{task.fields[figures]}"),
+            TextColumn("{task.fields[epsilon]}"),
             console=Console(file=sys.stderr),
         )
-        self._task = self._bar.add_task("", total=None, visible=False, rate="", figures="")
+        self._task = self._bar.add_task(
+            "", total=None, visible=False, rate="", figures="", epsilon=""
+        )
+        self._begun = False
 
     def on_round(self, record: RoundRecord, rounds: int) -> None:
         """Moves the bar; failures and notes stay on lines of their own."""
-        rate = f"{len(record.participants) / max(record.seconds, 1e-9):.3g} clients/s"
-        fields = {"total": rounds, "completed": record.round, "rate": rate, "visible": True}
+        if not self._begun:  # rounds of an earlier process say nothing about this one's pace
+            self._bar.reset(self._task, total=rounds, completed=record.round - 1)
+            self._begun = True
+        fields = {"completed": record.round, "rate": rate(record), "visible": True}
         if record.metrics:
             fields["figures"] = figures(record.metrics)
+        if record.epsilon is not None:
+            fields["epsilon"] = f"ε {record.epsilon:.3f}"
         self._bar.update(self._task, **fields)  # type: ignore[arg-type]
         if record.failures or record.note:
             self._bar.console.print(describe(record, rounds), markup=False, highlight=False)
@@ -108,6 +119,27 @@ class Live:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+class Pace:
+    """How many clients a second, and the time left as the rounds of this process went."""
+
+    def __init__(self) -> None:
+        self._start: tuple[int, float] | None = None
+
+    def __call__(self, record: RoundRecord, rounds: int, now: float) -> str:
+        """``83 clients/s  12 s left``; ``now`` is any clock's time at the end of the round."""
+        if self._start is None:
+            self._start = record.round - 1, now - record.seconds
+        first, began = self._start
+        left = (now - began) / (record.round - first) * (rounds - record.round)
+        words = [rate(record)] if record.participants else []
+        return "  ".join(words + ([f"{duration(left)} left"] if left else []))
+
+
+def rate(record: RoundRecord) -> str:
+    """``83 clients/s``."""
+    return f"{len(record.participants) / max(record.seconds, 1e-9):.3g} clients/s"
 
 
 def describe(record: RoundRecord, rounds: int) -> str:

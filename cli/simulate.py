@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # A budget that stops a run is a refusal; an interrupted run can be resumed.
 EXIT_CODES = {"finished": 0, "budget_exhausted": 3, "interrupted": 1, "failed": 1}
 
+UNPLANNED = ("sequential", "flower")
+"""Engines that train one client after another, whatever the plan."""
+
 RunFileArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="RUN.toml", help="The run file.", show_default=False),
@@ -38,6 +41,14 @@ def simulate(
     engine: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Where clients live: `umbel list engines`."),
+    ] = None,
+    engine_plan: Annotated[
+        str | None,
+        typer.Option(
+            "--engine-plan",
+            metavar="PLAN",
+            help="How the engine computes, e.g. grouped:chunk=5; default: a trial tells.",
+        ),
     ] = None,
     resume: Annotated[
         str | None,
@@ -57,6 +68,12 @@ def simulate(
         )
     if engine is not None:
         check_engine(engine)
+    if engine_plan is not None:
+        if engine in UNPLANNED:
+            raise InputError(
+                f"engine '{engine}' has no plan", where="--engine-plan", fix="leave one of them out"
+            )
+        sets.append(f"run.engine_plan={engine_plan}")
     from umbel.cli.progress import progress
     from umbel.core import run_file
     from umbel.server.store import RunStore
