@@ -27,6 +27,7 @@ from umbel.core.run_file import RunFile
 
 if TYPE_CHECKING:  # a greeting is answered without loading torch: each takes a process of its own
     from umbel.client.training import ClientRuntime
+    from umbel.core.payloads import Updates
     from umbel.core.trees import Model
     from umbel.datasets.federated import Arrays, FederatedData
 
@@ -95,15 +96,21 @@ def train(message: Message, context: Context) -> Message:
     def work(request: Request) -> Reply:
         from umbel.core.payloads import pack
 
-        site = _site(request.run, context, request.client)
-        runtime, model = _runtime(site, request, message)
+        site, updates = _trained(request, context, message)
         with _stage("training"):
-            updates = runtime.train(request.round, site.name, site.train(), model)
             metrics = {name: float(values[0]) for name, values in updates.metrics.items()}
             reply = messages.answer(site.name, request.round, float(updates.weights[0]), metrics)
             return reply, pack({name: delta[0] for name, delta in updates.delta.items()})
 
     return _answer(message, work)
+
+
+def _trained(request: Request, context: Context, message: Message) -> tuple[Site, Updates]:
+    """What the client learns in the round."""
+    site = _site(request.run, context, request.client)
+    runtime, model = _runtime(site, request, message)
+    with _stage("training"):
+        return site, runtime.train(request.round, site.name, site.train(), model)
 
 
 @app.evaluate()

@@ -159,11 +159,29 @@ class GridFederation:
         document: bytes,
         deadline: float | None,
     ) -> Iterator[tuple[str, tuple[Answer, bytes] | Failure]]:
+        record = {MODEL: ConfigRecord({MODEL: document})}
+        return self.ask(kind, round_number, dict.fromkeys(clients, record), deadline)
+
+    def ask(
+        self,
+        kind: str,
+        round_number: int,
+        contents: Mapping[str, Mapping[str, ConfigRecord]],
+        deadline: float | None,
+    ) -> Iterator[tuple[str, tuple[Answer, bytes] | Failure]]:
+        """Asks each client of ``contents`` with its records; what each answers, as it comes.
+
+        Args:
+            kind: of message.
+            round_number: 1 … rounds.
+            contents: client -> records beside the manifest.
+            deadline: seconds; ``None`` waits.
+        """
         requests = {
             client: self._message(
-                kind, self._nodes[client], round_number, client, document, deadline
+                kind, self._nodes[client], round_number, client, records, deadline
             )
-            for client in clients
+            for client, records in contents.items()
         }
         for client, message in self._exchange(requests, deadline):
             if isinstance(message, str):
@@ -185,18 +203,13 @@ class GridFederation:
         node: int,
         round_number: int,
         client: str,
-        document: bytes,
+        records: Mapping[str, ConfigRecord],
         deadline: float | None,
     ) -> Message:
         # Two records: Flower stores what is equal once, and the model is equal for all clients.
         # The time to live keeps a late client from working through the rounds that it missed.
         request = messages.write_request(self._tables, round_number, client)
-        content = RecordDict(
-            {
-                MANIFEST: ConfigRecord({MANIFEST: request}),
-                MODEL: ConfigRecord({MODEL: document}),
-            }
-        )
+        content = RecordDict({MANIFEST: ConfigRecord({MANIFEST: request}), **records})
         return Message(content, node, kind, ttl=deadline, group_id=str(round_number))
 
     def _exchange(
@@ -245,7 +258,10 @@ class GridFederation:
             left = until - time.monotonic()
             if left <= 0 or (refusals and not fresh and len(connected) >= sites):
                 raise self._too_few(sites, wait, refusals)
-            requests = {str(n): self._message(HELLO, n, 0, "", b"", left) for n in fresh}
+            requests = {
+                str(n): self._message(HELLO, n, 0, "", {MODEL: ConfigRecord({MODEL: b""})}, left)
+                for n in fresh
+            }
             for key, message in self._exchange(requests, left):
                 reply = message if isinstance(message, str) else _read(message, Hello)
                 if isinstance(reply, str):
