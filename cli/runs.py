@@ -52,6 +52,7 @@ def show(run: RunArgument, store: StoreOption = "runs", format: FormatOption = F
     history = opened.history_json(entry.run_id)
     model = opened.model_path(entry.run_id)
     last = summary.last(history)
+    spent = opened.privacy(entry.run_id)
     if format is Format.json:
         output.emit(
             {
@@ -62,6 +63,7 @@ def show(run: RunArgument, store: StoreOption = "runs", format: FormatOption = F
                 "configuration": entry.configuration,
                 "versions": entry.versions,
                 "engine_plan": entry.engine_plan,
+                "privacy": spent,
                 "history": history,
             }
         )
@@ -74,6 +76,9 @@ def show(run: RunArgument, store: StoreOption = "runs", format: FormatOption = F
     print()
     show_results(history, last.get("per_client", {}))
     _show_history(history)
+    if spent:
+        rows = [(k.replace("_", " "), _toml(v)) for k, v in spent.items() if v not in (None, [])]
+        output.table(["privacy", ""], rows, left=2)
     rows = [(k, v) for k, v in flat(entry.configuration).items() if v is not None]
     output.table(["configuration", ""], [(k, _toml(v)) for k, v in rows], left=2)
     output.table(["version", ""], list(entry.versions.items()), left=2)
