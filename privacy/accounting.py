@@ -53,6 +53,10 @@ _LOST_PER_RELEASE = 1e-15
 
 # Cells of the privacy loss distribution: finer than this buys nothing, more of them is minutes.
 _INTERVAL = 1e-4
+_COARSE = 1e-3
+
+# What a cell's width adds grows with its square and with the releases: less than 1e-5 of epsilon.
+_DRIFT = 5e-5
 _CELLS = 5e5
 
 
@@ -147,20 +151,25 @@ def rdp_epsilon(history: History, delta: float, orders: tuple[float, ...] = ORDE
     return float(to_epsilon(rdp_total(history, orders), delta, orders))
 
 
-def pld_epsilon(history: History, delta: float) -> float:
+def pld_epsilon(history: History, delta: float, *, coarse: bool = False) -> float:
     """Epsilon by privacy loss distributions; ``inf`` where they prove nothing.
 
     That is so for concentrated and Skellam mechanisms, of which no distribution is known, and for
     a delta below what float64 Fourier transforms resolve.
 
+    Args:
+        history: what ran.
+        delta: in (0, 1).
+        coarse: a bound that is a little looser, several times as fast: to search with.
+
     Source: Doroshenko et al. 2022, connect-the-dots (arXiv:2207.04380), in ``dp_accounting``.
     """
     check_delta(delta)
-    return _pld_epsilon(frozenset((m, t) for m, t in history.items() if t), delta)
+    return _pld_epsilon(frozenset((m, t) for m, t in history.items() if t), delta, coarse)
 
 
 @lru_cache(maxsize=4096)
-def _pld_epsilon(history: frozenset[tuple[Mechanism, int]], delta: float) -> float:
+def _pld_epsilon(history: frozenset[tuple[Mechanism, int]], delta: float, coarse: bool) -> float:
     bound = rdp_epsilon(dict(history), delta)
     releases = sum(times for _, times in history)
     reachable = delta - _LOST - _LOST_PER_RELEASE * releases
@@ -170,7 +179,8 @@ def _pld_epsilon(history: frozenset[tuple[Mechanism, int]], delta: float) -> flo
     if not sampled:
         return _gaussian_epsilon(alone, delta)
     scale = bound if math.isfinite(bound) else 1000.0
-    accountant = pld.PLDAccountant(value_discretization_interval=max(_INTERVAL, scale / _CELLS))
+    interval = _COARSE if coarse else min(max(_INTERVAL, (_DRIFT / releases) ** 0.5), _COARSE)
+    accountant = pld.PLDAccountant(value_discretization_interval=max(interval, scale / _CELLS))
     if alone:
         accountant.compose(dp_accounting.GaussianDpEvent(alone**-0.5))
     # A fixed order: the same history gives the same bits, however it came about.

@@ -151,6 +151,15 @@ class Ledger:
                     self._file.refuse(connection, refusal.where, refusal.message, seconds)
                 raise
 
+    def affords(self, entries: Sequence[Entry]) -> bool:
+        """Whether a debit of ``entries`` would keep the budget now; nothing is spent or noted."""
+        self._look()
+        try:
+            self._after(entries)
+        except RefusedError:
+            return False
+        return True
+
     def _write(self, entries: Sequence[Entry], seconds: int) -> list[Spent]:
         with self._file.write() as connection:
             self._refresh(*self._file.spending(connection, self._last))

@@ -118,14 +118,19 @@ class Guard:
             RefusedError: somebody would pass the budget; :attr:`exhausted` then says so. Nothing is
                 spent.
         """
-        entries = [self._entry(number, client) for client in self._payers(asked)]
         try:
-            spent = self._ledger.debit_all(entries)
+            spent = self._ledger.debit_all(self._entries(number, asked))
         except RefusedError:
             self.exhausted = True
             raise
         self._spent = max([self._spent, *(found.epsilon for found in spent)])
         return finite(self._spent)
+
+    def last(self, number: int) -> bool:
+        """Whether the budget leaves no round after this one."""
+        if self._section.epsilon is None:
+            return False
+        return not self._ledger.affords(self._entries(number + 1, self.asked(number + 1)))
 
     def quorum(self, quorum: int) -> int:
         """Updates without which a round has no result; none where a missing result would tell."""
@@ -198,6 +203,9 @@ class Guard:
     def _payers(self, asked: Sequence[str]) -> Sequence[str]:
         """Whose data pay: those who were asked, or everybody where nobody sees who was."""
         return asked if self._section.adversary == "server" else [EVERY_CLIENT]
+
+    def _entries(self, number: int, asked: Sequence[str]) -> list[Entry]:
+        return [self._entry(number, client) for client in self._payers(asked)]
 
     def _entry(self, number: int, client: str) -> Entry:
         found = release(self._run, self._z, self._examples(client), self._rate)

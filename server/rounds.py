@@ -15,7 +15,7 @@ from umbel.core.errors import RunError
 from umbel.core.payloads import Failure, Federation, Folded, States, TrainPlan, Updates
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, Tree, add_cast, flatten, unflatten
-from umbel.server.gate import Gate, weight_cap
+from umbel.server.gate import Gate, weight_cap, weight_of_all
 from umbel.server.private_sum import Parts, Terms, private_sum
 from umbel.server.records import RoundRecord, RoundResult, Scores
 from umbel.server.sampling import cohort_size, sample
@@ -73,6 +73,7 @@ def rounds(
     clients = federation.clients()
     wanted = cohort_size(run.strategy, len(clients), strategy.combine.fewest)
     cap = weight_cap(federation.examples(), run.strategy.max_weight)
+    whole = weight_of_all(federation.examples(), cap, run.strategy.weights)
     fold = None if strategy.combine.merge is None else Fold(run.strategy, cap)
     quorum = max(run.strategy.quorum or 1, strategy.combine.fewest)
     terms, epsilon = Terms(strategy.combine, None), None
@@ -113,7 +114,9 @@ def rounds(
                 f"quorum missed: {len(cohort.participants)} of {quorum}{all_say}; the model stays"
             )
         else:
-            combined = terms.combine.finish(cohort.sums)._replace(population=len(clients))
+            combined = terms.combine.finish(cohort.sums)
+            share = combined.weight / whole
+            combined = combined._replace(population=len(clients), share=share)
             stepped, new_state = step(strategy, model, state, combined)
             if is_finite(stepped):
                 cohort.totals |= observed(strategy, model, combined)
@@ -124,8 +127,10 @@ def rounds(
                 note = "the step would overflow; the model stays"
             if guard is not None:
                 state = guard.keep(state)
-        due = number == run.run.rounds or (
-            run.evaluate.every > 0 and number % run.evaluate.every == 0
+        due = (
+            number == run.run.rounds
+            or (run.evaluate.every > 0 and number % run.evaluate.every == 0)
+            or (guard is not None and guard.last(number))
         )
         scores = evaluate(number, model) if due else Scores({}, {})
         record = RoundRecord(
