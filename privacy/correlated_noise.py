@@ -133,7 +133,7 @@ class CorrelatedNoise:
                 )
         names = sorted(total)
         sizes = [total[name].numel() for name in names]
-        parts = self._between(since, round_number, sum(sizes)).split(sizes)
+        parts = torch.split(self._between(since, round_number, sum(sizes)), sizes)
         drawn = dict(zip(names, parts, strict=True))
         return {name: self._noisy(t, drawn[name]) for name, t in total.items()}
 

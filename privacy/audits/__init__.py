@@ -1,0 +1,1 @@
+"""What attacks prove about privacy: estimators alone, without data, models or files."""
