@@ -25,6 +25,7 @@ KINDS = {
     "datasets": "umbel.datasets.readers",
     "splits": "umbel.datasets.splits",
     "engines": "umbel.simulations.engines",
+    "attacks": "umbel.simulations.attacks",
 }
 
 

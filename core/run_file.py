@@ -132,22 +132,26 @@ class Schedule(Settings):
 class Client(Settings):
     """``[client]``: how a client trains."""
 
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """torch's; it starts afresh each round."""
+    optimizer: Literal["sgd", "adam", "adamw", "lion", "adan"] = "sgd"
+    """torch's, Lion (Chen et al. 2023) or Adan (Xie et al. 2022); it starts afresh each round."""
     lr: Positive = 0.1
     """The learning rate, before the schedule."""
     momentum: Fraction = 0.0
     """``sgd``: the share of the last step that is kept."""
     nesterov: bool = False
     """``sgd``: Nesterov's momentum."""
-    beta1: Fraction = 0.9
-    """``adam``, ``adamw``: decay of the first moment."""
-    beta2: Fraction = 0.999
-    """``adam``, ``adamw``: decay of the second moment."""
+    beta1: Fraction | None = None
+    """All but ``sgd``: the share of the first moment that a step keeps; ``None``: 0.9, and 0.98 for
+    ``adan``."""
+    beta2: Fraction | None = None
+    """All but ``sgd``: the same of the second moment, for ``lion`` of the momentum, for ``adan`` of
+    the gradient's change; ``None``: 0.999, 0.99 and 0.92."""
+    beta3: Fraction | None = None
+    """``adan``: the same of the second moment; ``None``: 0.99."""
     eps: Positive = 1e-8
-    """``adam``, ``adamw``: added to the root of the second moment."""
+    """``adam``, ``adamw``, ``adan``: added to the root of the second moment."""
     weight_decay: NonNegative = 0.0
-    """As torch has it: part of the gradient, decoupled for ``adamw``."""
+    """As torch has it: part of the gradient for ``sgd`` and ``adam``, decoupled for the others."""
     schedule: Schedule | Literal["constant", "step", "cosine"] = "constant"
     """A kind, or a table."""
     batch_size: Count | Literal["full"] = 32
@@ -160,6 +164,9 @@ class Client(Settings):
     """Micro-batches that a batch is computed in; the step is the same, the memory smaller."""
     max_grad_norm: Positive | None = None
     """Bound on the global L2 norm of a batch's gradient; ``None``: no bound."""
+    state_gib: Positive = 16.0
+    """Strategies that keep tensors at the clients: the most that these may take on a disk, those
+    of all clients of a simulation together."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -172,7 +179,7 @@ class Client(Settings):
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0; set momentum = 0.9")
         if self.optimizer != "sgd" and self.momentum:
-            raise ValueError("momentum belongs to sgd; adam and adamw have beta1; remove momentum")
+            raise ValueError("momentum belongs to sgd; the others have beta1; remove momentum")
         return self
 
 
@@ -314,6 +321,30 @@ class EarlyStopping(Settings):
     """``None``: lower for loss, perplexity and error, higher for everything else."""
 
 
+class Attack(Open):
+    """``[attack]``: simulated adversaries; a run with real sites is refused."""
+
+    kind: str = "none"
+    """Name of an attack, or ``module:object``; further keys are its own. ``none``: all are honest.
+    """
+    count: Count | None = None
+    """How many clients are hostile; which ones follows from the seed."""
+    fraction: Share | None = None
+    """The same as a share of all clients."""
+    join: bool = False
+    """Hostile clients come besides those that hold data, and hold none; for attacks that train
+    nothing."""
+
+    @pydantic.model_validator(mode="after")
+    def _how_many(self) -> Attack:
+        if self.kind == "none":
+            if self.model_fields_set - {"kind"} and (self.parameters() or self.count):
+                raise ValueError("keys without a kind; set kind, see umbel list attacks")
+        elif (self.count is None) == (self.fraction is None):
+            raise ValueError("one of count and fraction says how many are hostile; set count = 1")
+        return self
+
+
 class Evaluate(Settings):
     """``[evaluate]``: how often, and what."""
 
@@ -396,6 +427,7 @@ class RunFile(Settings):
     strategy: Strategy = Strategy()
     privacy: Privacy = Privacy()
     secure_aggregation: SecureAggregation = SecureAggregation()
+    attack: Attack = Attack()
     evaluate: Evaluate = Evaluate()
     tune: Tune = Tune()
 
@@ -429,7 +461,7 @@ TOKENIZERS = ("bytes", "characters")
 """Those that need no file."""
 
 # Tables of design that this version knows of and does not run yet: an honest answer, not a typo.
-PLANNED = ("continual", "attack")
+PLANNED = ("continual",)
 
 
 def resolve(table: Mapping[str, Any], where: str = "run file") -> RunFile:

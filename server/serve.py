@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from umbel.core.errors import RefusedError
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, map_tree
@@ -46,8 +47,15 @@ def serve(
     Returns:
         the run's id in the store.
     Raises:
+        RefusedError: the run simulates an attack.
         UmbelError: what ended the run; its committed rounds stay in the store.
     """
+    if run.attack.kind != "none":
+        raise RefusedError(
+            f"kind = '{run.attack.kind}' is a simulated adversary, and these sites are real",
+            where="[attack]",
+            fix="remove [attack], or umbel simulate",
+        )
     strategy = build_strategy(run.strategy)
     task = build_task(run.task, info)
     module = initial_module(task, run.run.seed)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from umbel.client.batches import episodic
 from umbel.core.errors import InputError, UmbelError
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, flatten, map_tree
@@ -17,6 +18,8 @@ from umbel.datasets.federated import FederatedData, rows, take
 from umbel.server import secure
 from umbel.server.gate import weight_cap
 from umbel.server.sampling import cohort_size
+from umbel.simulations.attacks.build import build_attack, hostile_count
+from umbel.simulations.root import with_root
 from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import Strategy
 from umbel.tasks.begin import base_hash
@@ -48,9 +51,12 @@ def prepare(run: RunFile) -> Prepared:
     """
     strategy = build_strategy(run.strategy)
     data = load(run.data, run.run.seed)
-    cohort_size(run.strategy, len(data.names), strategy.combine.fewest)
+    build_attack(run.attack)
+    joined = hostile_count(run.attack, len(data.names)) if run.attack.join else 0
+    cohort_size(run.strategy, len(data.names) + joined, strategy.combine.fewest)
     secure.check(run, strategy.combine, len(data.names))
     task = build_task(run.task, data.info)
+    data, strategy = with_root(run, data, task, strategy)
     module = initial_module(task, run.run.seed)
     metrics = _try(task, module, data)
     _check_evaluation(run, data, metrics)
@@ -138,9 +144,7 @@ def _private(
         check_rule(strategy.client)
     else:
         check_mean(strategy, run.strategy.name, model_of(module).params)
-    index = data.train_holdings.index[:2]
-    batch = {n: torch.from_numpy(c) for n, c in take(data.train, index).items()}
-    check_model(run, task, module, batch)
+    check_model(run, task, module, _few(task, data))
     return private_plan.calibrated(run, data.train_holdings.sizes())
 
 
@@ -153,9 +157,9 @@ def _privacy(run: RunFile, sizes: npt.NDArray[np.int64]) -> dict[str, Any] | Non
 
 
 def _try(task: Task, module: nn.Module, data: FederatedData) -> tuple[str, ...]:
-    """Runs the model on two examples; the names of its metrics."""
-    index = data.train_holdings.index[:2]
-    batch = {n: torch.from_numpy(c) for n, c in take(data.train, index).items()}
+    """Runs the model on a few examples; the names of its metrics."""
+    batch = _few(task, data)
+    count = len(next(iter(batch.values())))
     was_training = module.training
     module.eval()
     try:
@@ -167,20 +171,31 @@ def _try(task: Task, module: nn.Module, data: FederatedData) -> tuple[str, ...]:
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         shape = data.info.input_shape
         raise InputError(
-            f"the model fails on two examples of shape {shape}: {str(error).splitlines()[0]}",
+            f"the model fails on {count} examples of shape {shape}: {str(error).splitlines()[0]}",
             where="[task.model]",
             fix=f"it must take (B, {', '.join(map(str, shape))})",
         ) from error
     finally:
         module.train(was_training)
     for name, values in {"losses": losses, **metrics}.items():
-        if values.shape != (len(index),):
+        if values.shape != (count,):
             raise InputError(
-                f"the task's {name} have shape {tuple(values.shape)} for {len(index)} examples",
+                f"the task's {name} have shape {tuple(values.shape)} for {count} examples",
                 where="[task]",
                 fix="give one number an example",
             )
     return ("loss", *metrics, *task.derived(dict.fromkeys(("loss", *metrics), 0.0)))
+
+
+def _few(task: Task, data: FederatedData) -> dict[str, torch.Tensor]:
+    """Two examples, or the first client's first episode."""
+    if task.episodes is None:
+        index = data.train_holdings.index[:2]
+    else:
+        index = data.train_holdings.of_client(0)
+        labels = data.train["y"][index]
+        index = index[episodic(0, 0, data.names[0], labels, task.episodes, None, 1)[0]]
+    return {n: torch.from_numpy(c) for n, c in take(data.train, index).items()}
 
 
 def _check_evaluation(run: RunFile, data: FederatedData, metrics: tuple[str, ...]) -> None:

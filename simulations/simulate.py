@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from umbel.client.state import GIB, ClientStates
 from umbel.core import registry
 from umbel.core.errors import InputError
 from umbel.core.payloads import Federation
@@ -22,9 +23,11 @@ from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
 from umbel.server.stopping import Until
 from umbel.server.store import RunStore
+from umbel.simulations.attacks.build import besiege
 from umbel.simulations.located import located
 from umbel.simulations.prepare import plan, prepare
 from umbel.simulations.secure import SecureFederation
+from umbel.strategies.parts import Strategy
 from umbel.tasks.begin import base_hash
 
 
@@ -42,6 +45,7 @@ class Outcome:
         privacy: unit, epsilon, delta …; ``None`` without a budget.
         model: path of the final model, safetensors.
         history: one record a round.
+        hostile: the clients that attacked; only where ``[attack]`` says so.
     """
 
     run_id: str
@@ -53,10 +57,11 @@ class Outcome:
     privacy: Mapping[str, Any] | None = None
     model: str | None = None
     history: Sequence[RoundRecord] = ()
+    hostile: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The outcome as plain values."""
-        return {
+        table = {
             "run_id": self.run_id,
             "status": self.status,
             "rounds": self.rounds,
@@ -67,6 +72,7 @@ class Outcome:
             "model": self.model,
             "history": [record.as_json() for record in self.history],
         }
+        return {**table, "hostile": list(self.hostile)} if self.hostile else table
 
 
 def ignore(*args: object) -> None:
@@ -113,9 +119,11 @@ def simulate(
         _same_run(run, entry.run, resume)
         _same_base(base, entry)
         run = _as_it_computed(run, entry)
+    siege = besiege(run, prepared.data, prepared.task, prepared.strategy)
     federation: Federation = make_engine(
-        run, prepared.data, prepared.task, prepared.strategy.client, announce
+        run, siege.data, prepared.task, prepared.strategy.client, announce
     )
+    federation = siege.around(federation, engine)
     if run.secure_aggregation.enabled and engine != "flower":  # there it is in the messages
         federation = SecureFederation(federation, run, prepared.strategy)
     try:
@@ -126,6 +134,7 @@ def simulate(
             if note := store.reopen(run_id, run):
                 announce(note)
             _same_versions(entry.versions, announce)
+        states = client_states(run, prepared.strategy, store.folder / run_id)
         status = conduct(
             store,
             run_id,
@@ -133,17 +142,29 @@ def simulate(
             prepared.strategy,
             federation,
             prepared.model(),
-            evaluation(
-                run, federation, prepared.task, prepared.module, prepared.data.test, device="cpu"
+            siege.measured(
+                evaluation(
+                    run,
+                    federation,
+                    prepared.task,
+                    prepared.module,
+                    prepared.data.test,
+                    "cpu",
+                    prepared.strategy,
+                    run_id,
+                    states,
+                ),
+                prepared.module,
             ),
             lambda record: on_round(record, run.run.rounds),
             run.run.checkpoint_seconds,
             until,
             seeded_sources(run.run.seed) if run.privacy.unit != "none" else None,
+            states,
         )
     finally:
         federation.close()
-    outcome = _outcome(store, run_id, status, time.monotonic() - began)
+    outcome = _outcome(store, run_id, status, time.monotonic() - began, siege.hostile)
     store.close()
     return outcome
 
@@ -164,6 +185,14 @@ def _as_noisy(run: RunFile, stored: RunFile) -> RunFile:
         return run
     noise = {"noise_multiplier": stored.privacy.noise_multiplier}
     return run.model_copy(update={"privacy": run.privacy.model_copy(update=noise)})
+
+
+def client_states(run: RunFile, strategy: Strategy, folder: Path) -> ClientStates | None:
+    """Where the clients of a run keep what they keep, if they keep anything."""
+    if not strategy.client.keeps:
+        return None
+    limit = int(run.client.state_gib * GIB)
+    return ClientStates(folder / "clients.db", run.strategy.name, limit=limit)
 
 
 def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
@@ -219,7 +248,9 @@ def _same_versions(stored: Mapping[str, Any], announce: Callable[[str], None]) -
         )
 
 
-def _outcome(store: RunStore, run_id: str, status: str, seconds: float) -> Outcome:
+def _outcome(
+    store: RunStore, run_id: str, status: str, seconds: float, hostile: Sequence[str]
+) -> Outcome:
     history = store.history(run_id)
     scored = [record for record in history if record.metrics]
     model = store.model_path(run_id)
@@ -233,4 +264,5 @@ def _outcome(store: RunStore, run_id: str, status: str, seconds: float) -> Outco
         privacy=store.privacy(run_id),
         model=str(model) if Path(model).exists() else None,
         history=history,
+        hostile=hostile,
     )

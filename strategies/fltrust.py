@@ -55,8 +55,10 @@ def fltrust(
             # The name sorts before every client's, so that the server's row is the first.
             both = Cohort((Updates(number, [""], root, one), *cohort.parts))
             mixed = mixture(cohort, names, before)
-            matrix = torch.eye(len(cohort.clients()), dtype=torch.float64)
-            matrix = torch.block_diag(one[None], matrix if mixed is None else mixed)
+            if mixed is None:
+                mixed = torch.eye(len(cohort.clients()), dtype=torch.float64)
+            matrix = torch.zeros(1 + len(mixed), 1 + mixed.shape[1], dtype=torch.float64)
+            matrix[0, 0], matrix[1:, 1:] = 1.0, mixed
             inner = matrix @ gram(both, names) @ matrix.T
             weights = (trust(inner)[None] @ matrix).contiguous()
             return both.columns(model, names, lambda rows: product(weights, rows)[0])

@@ -303,9 +303,10 @@ def test_list_names_what_a_run_file_can_name(ask: Json, say: Say, kind: str, nam
     assert name in say("list", kind)[1]
 
 
-def test_there_are_no_attacks_yet(ask: Json, say: Say) -> None:
-    assert ask("list", "attacks") == (0, {"attacks": []})
-    assert say("list", "attacks")[1] == "this version has no attacks\n"
+def test_attacks_are_listed(ask: Json, say: Say) -> None:
+    listed = [part["name"] for part in ask("list", "attacks")[1]["attacks"]]
+    assert {"label-flip", "sign-flip", "alie", "ipm", "min-max", "mimic"} <= set(listed)
+    assert {"gaussian", "nan", "backdoor"} <= set(listed)
 
 
 def test_runs_and_show(ask: Json, say: Say) -> None:

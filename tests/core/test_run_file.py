@@ -54,7 +54,8 @@ WRONG = {
     '[evaluate]\nmetrics = ["accuracy", 1]': "metrics[1] = 1: must be text",
     '[privacy]\nunit = "client"': "unit = 'client': must be 'none' in this version",
     "[secure_aggregation]\nbits = 8": "bits = 8: must be a whole number at least 16 and at most 32",
-    '[attack]\nkind = "x"': "[attack] is not supported by this version; remove [attack]",
+    '[attack]\nkind = "nan"': "[attack]: one of count and fraction says how many are hostile; "
+    "set count = 1",
     "[clint]\nlr = 1": "unknown table [clint]; did you mean 'client'?",
     "run = 3": "run = 3 is not a table; write [run]",
     "lr = 0.1": "key 'lr' stands outside any table; write it below [client]",

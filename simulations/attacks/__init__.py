@@ -1,0 +1,1 @@
+"""One module an attack: a function of the module's name that makes it."""
