@@ -33,6 +33,12 @@ class States(Protocol):
     def put(self, round_number: int, states: Mapping[str, Tree]) -> None:
         """Keeps what clients have after the round, all or nothing: client -> name -> tensor."""
 
+    def settle(self, round_number: int) -> None:
+        """To be called before a round is committed: what was put so far outlasts a failure."""
+
+    def rewind(self, round_number: int) -> None:
+        """Drops what came after a round: the run goes on from there."""
+
 
 class Folded(Protocol):
     """The updates of some clients as one; what it holds is its maker's business."""

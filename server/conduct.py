@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from umbel.core.errors import RefusedError, UmbelError
-from umbel.core.payloads import Federation
+from umbel.core.payloads import Federation, States
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
 from umbel.server.entries import Ended
@@ -40,6 +40,7 @@ def conduct(
     commit_seconds: float,
     until: Until = never,
     sources: Sources | None = None,
+    states: States | None = None,
 ) -> Ended:
     """Runs what is left of a run, and ends it in the store, however it ends.
 
@@ -57,6 +58,7 @@ def conduct(
             ``early_stopping``; a reason ends the run as finished.
         sources: of the server's own noise, where ``[privacy]`` asks for it; ``None``: the operating
             system.
+        states: where clients in process keep what they keep.
 
     Returns:
         ``finished``; ``interrupted`` by Ctrl-C; ``budget_exhausted``: the next round would pass the
@@ -71,9 +73,11 @@ def conduct(
         guard = _guard(store, run_id, run, strategy, federation, model, sources)
         saved = store.latest(run_id)
         if saved is None:
-            start = Start(0, model, strategy.init(model.params))
+            start = Start(0, model, strategy.init(strategy.travelling(model).params))
         else:
             start = Start(saved.round, saved.model, saved.state)
+        if states is not None:
+            states.rewind(start.round)
         last = time.monotonic()
         plan: Mapping[str, Any] | None = None
         patience, stopped = never, ""
@@ -81,7 +85,7 @@ def conduct(
             patience = Patience(run.evaluate.early_stopping)
             for record in store.history(run_id):
                 stopped = patience(record)
-        going_on = rounds(run, strategy, federation, start, evaluate, guard=guard)
+        going_on = rounds(run, strategy, federation, start, evaluate, run_id, states, guard=guard)
         for result in () if stopped else going_on:
             now = time.monotonic()
             why = patience(result.record) or until(result.record)
@@ -93,6 +97,8 @@ def conduct(
                 plan = federation.plan_record()
                 store.keep_plan(run_id, plan)
             due = final or now - last >= commit_seconds
+            if due and states is not None:
+                states.settle(result.record.round)
             store.commit(run_id, result, checkpoint=due)
             last = now if due else last
             on_round(result.record)

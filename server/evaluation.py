@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from umbel.core.errors import InputError, suggest
-from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Federation
+from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Federation, States
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
 from umbel.datasets.federated import Arrays
 from umbel.server.records import Scores
 from umbel.server.rounds import Evaluate
+from umbel.strategies.parts import Strategy
 from umbel.tasks.evaluate import evaluate
 from umbel.tasks.task import Task
 
@@ -31,7 +32,14 @@ def at_server(task: Task, module: nn.Module, test: Arrays, device: str) -> Evalu
     return scores
 
 
-def at_clients(run: RunFile, federation: Federation, per_client: bool) -> Evaluate:
+def at_clients(
+    run: RunFile,
+    federation: Federation,
+    per_client: bool,
+    strategy: Strategy | None = None,
+    run_id: str = "",
+    states: States | None = None,
+) -> Evaluate:
     """Scores a model on the clients' own test parts; the global figures are those of their union.
 
     A mean over the union is the mean of the clients' means, weighted by their test examples.
@@ -40,11 +48,16 @@ def at_clients(run: RunFile, federation: Federation, per_client: bool) -> Evalua
         run: the run file.
         federation: where the clients are.
         per_client: whether each client's own figures are kept.
+        strategy: says what of a model travels; ``None``: all.
+        run_id: under which clients keep what they keep.
+        states: where clients in process keep it.
     """
 
     def scores(round_number: int, model: Model) -> Scores:
         clients = federation.clients()
-        plan = EvaluatePlan(round_number, clients, model, run.strategy.deadline)
+        deadline = run.strategy.deadline
+        sent = model if strategy is None else strategy.travelling(model)
+        plan = EvaluatePlan(round_number, clients, sent, deadline, run_id, states)
         found: list[Evaluation] = []
         failures: list[Failure] = []
         for item in federation.evaluate(plan):
@@ -66,6 +79,9 @@ def evaluation(
     module: nn.Module,
     test: Arrays | None,
     device: str,
+    strategy: Strategy | None = None,
+    run_id: str = "",
+    states: States | None = None,
 ) -> Evaluate:
     """The evaluation that a run file asks for.
 
@@ -76,11 +92,14 @@ def evaluation(
         module: scratch model.
         test: the global test set, or ``None``: then the union of the clients' parts is.
         device: where ``test`` is evaluated.
+        strategy: as in :func:`at_clients`.
+        run_id: as there.
+        states: as there.
     """
     per_client = run.evaluate.per_client
     if per_client is None:
         per_client = len(federation.clients()) <= MANY and not run.secure_aggregation.enabled
-    clients = at_clients(run, federation, per_client)
+    clients = at_clients(run, federation, per_client, strategy, run_id, states)
     server = at_server(task, module, test, device) if test is not None else None
 
     def shown(means: Mapping[str, float]) -> Mapping[str, float]:

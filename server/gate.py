@@ -47,6 +47,15 @@ def weight_cap(examples: Sequence[int] | npt.NDArray[np.int64], max_weight: floa
     return CAP_FACTOR * float(np.median(np.asarray(examples))) if len(examples) else float("inf")
 
 
+def weight_of_all(
+    examples: Sequence[int] | npt.NDArray[np.int64], cap: float, weights: str
+) -> float:
+    """What all clients of a federation weigh together, in the units of ``weights``."""
+    if weights == "uniform":
+        return float(len(examples))
+    return float(np.minimum(np.asarray(examples, np.float64), cap).sum())
+
+
 class Gate:
     """Checks the updates of one round.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ class Combined(NamedTuple):
         clients: how many updates went in.
         extra: what clients sent besides their deltas, combined; float64.
         population: how many clients the federation has.
+        share: the sum of the weights, as a share of that over all clients of the federation.
     """
 
     delta: Tree
@@ -32,6 +33,7 @@ class Combined(NamedTuple):
     clients: int
     extra: Trees = NONE
     population: int = 0
+    share: float = 1.0
 
 
 class Combiner(NamedTuple):
@@ -62,40 +64,29 @@ class Sums(NamedTuple):
     clients: int
 
 
-def weighted_mean(uniform: Collection[str] = ()) -> Combiner:
+def weighted_mean() -> Combiner:
     """``sum_k w_k delta_k / sum_k w_k``, summed in float64, in the order that updates are added.
 
     Float64 and a fixed order make the result independent of how clients were grouped into stacks.
 
-    Args:
-        uniform: letters of uploads in whose mean every client counts the same.
-
     Source: McMahan et al. 2017, FedAvg, Algorithm 1 (arXiv:1602.05629), on deltas.
     """
-
-    letters = frozenset(uniform)
-
-    def alike(name: str) -> bool:
-        return "/" in name and name.partition("/")[0] in letters
 
     def zero(model: Tree) -> Sums:
         return Sums(map_tree(lambda t: torch.zeros_like(t, dtype=torch.float64), model), 0.0, 0)
 
     def add(sums: Sums, updates: Updates) -> Sums:
-        ones = torch.ones_like(updates.weights) if letters else updates.weights
-        listed = updates.weights.tolist()
+        weights = updates.weights.tolist()
         for name, total in sums.delta.items():
             stack = updates.delta[name].to(total.device)
-            counts = ones if alike(name) else updates.weights
             if total.numel() <= SMALL and total.device.type == "cpu":
-                weighted = stack.double() * counts.view(-1, *[1] * total.dim())
+                weighted = stack.double() * updates.weights.view(-1, *[1] * total.dim())
                 # A running sum adds one after another; a sum might add in pairs.
                 total.copy_(torch.cat([total[None], weighted]).cumsum(0)[-1])
             else:
-                weights = listed if counts is updates.weights else counts.tolist()
                 for row, weight in zip(stack, weights, strict=True):
                     total.add_(row.double(), alpha=weight)
-        return Sums(sums.delta, sum(listed, sums.weight), sums.clients + len(listed))
+        return Sums(sums.delta, sum(weights, sums.weight), sums.clients + len(weights))
 
     def merge(left: Sums, right: Sums) -> Sums:
         for name, total in left.delta.items():
@@ -103,7 +94,7 @@ def weighted_mean(uniform: Collection[str] = ()) -> Combiner:
         return Sums(left.delta, left.weight + right.weight, left.clients + right.clients)
 
     def finish(sums: Sums) -> Combined:
-        delta = {n: t / (sums.clients if alike(n) else sums.weight) for n, t in sums.delta.items()}
+        delta = map_tree(lambda t: t / sums.weight, sums.delta)
         return Combined(delta, sums.weight, sums.clients)
 
     return Combiner(zero, add, merge, finish)

@@ -15,9 +15,9 @@ from umbel.core.payloads import Updates, pack, unpack
 from umbel.core.run_file import resolve
 from umbel.core.trees import Model, Tree, flatten, map_tree, unflatten, zeros_like
 from umbel.server.records import Scores
-from umbel.server.rounds import Start, rounds
+from umbel.server.rounds import Start, rounds, step
 from umbel.strategies.build import build_strategy
-from umbel.strategies.parts import Combined, Strategy
+from umbel.strategies.parts import Combined, ServerState, Strategy
 
 
 def _load(name: str) -> ModuleType:
@@ -60,13 +60,19 @@ TABLE = [
     Row("flexlora", {}),
     Row("flora", {}),
     Row("fltrust", {"root_examples": 5}, agreed=True),
+    Row("fomaml", {"inner_lr": 0.1}),
     Row("geometric-median", {}, agreed=True),
     Row("krum", {"f": 0}, agreed=True),
+    Row("maml", {"inner_lr": 0.1}),
     Row("meamed", {"f": 1}, agreed=True),
     Row("median", {}, agreed=True),
+    Row("meta-sgd", {"inner_lr": 0.1}),
     Row("multi-krum", {"f": 0, "m": 2}, agreed=True),
     Row("norm-bounding", {"clip_norm": 3.0}),
+    Row("per-fedavg", {"inner_lr": 0.1}),
+    Row("reptile", {}),
     Row("rolora", {}),
+    Row("scaffold", {}),
     Row("trimmed-mean", {"f": 1}, agreed=True),
 ]
 OPTIMUM = torch.tensor([1.0, -1.0, 2.0])
@@ -97,18 +103,36 @@ def params() -> dict[str, torch.Tensor]:
     }
 
 
-def updates(seed: int, clients: int = 5) -> Updates:
+def expected(strategy: Strategy) -> Tree:
+    """The names, shapes and dtypes of a delta, and of what is sent besides."""
+    return {**params(), **strategy.upload_template(params())}
+
+
+def updates(strategy: Strategy, seed: int, clients: int = 5) -> Updates:
     generator = torch.Generator().manual_seed(seed)
     delta = map_tree(
-        lambda p: torch.randn(clients, *p.shape, generator=generator).to(p.dtype), params()
+        lambda p: torch.randn(clients, *p.shape, generator=generator).to(p.dtype),
+        expected(strategy),
     )
+    if row_uploads := [n for n in delta if "/" in n]:
+        # What is sent besides may be a figure that is never negative.
+        delta |= {n: delta[n].abs() for n in row_uploads}
     weights = torch.randint(1, 50, (clients,), generator=generator).double()
     return Updates(1, [f"c{k}" for k in range(clients)], delta, weights)
 
 
 def combine(strategy: Strategy, update: Updates) -> Combined:
     combiner = strategy.combine
-    return combiner.finish(combiner.add(combiner.zero(params()), update))
+    return combiner.finish(combiner.add(combiner.zero(expected(strategy)), update))
+
+
+def serve(
+    strategy: Strategy, start: Tree, state: ServerState, combined: Combined
+) -> tuple[Tree, ServerState]:
+    """The server's step, as the round loop has it made."""
+    told = combined._replace(population=8, share=0.6)
+    stepped, after = step(strategy, Model(start, {}), state, told)
+    return stepped.params, after
 
 
 def same(left: Tree, right: Tree) -> bool:
@@ -122,16 +146,18 @@ def test_every_strategy_has_a_row() -> None:
 @rows
 def test_zero_delta_from_a_fresh_state_is_a_fixed_point(row: Row) -> None:
     strategy, start = make(row), params()
-    update = updates(0)
+    update = updates(strategy, 0)
     zero = Updates(1, update.clients, zeros_like(update.delta), update.weights)
-    stepped, _ = strategy.server(start, strategy.init(start), combine(strategy, zero))
+    stepped, _ = serve(strategy, start, strategy.init(start), combine(strategy, zero))
     assert same(stepped, start)
 
 
 @rows
 def test_names_shapes_and_dtypes_are_kept(row: Row) -> None:
     strategy, start = make(row), params()
-    stepped, state = strategy.server(start, strategy.init(start), combine(strategy, updates(0)))
+    stepped, state = serve(
+        strategy, start, strategy.init(start), combine(strategy, updates(strategy, 0))
+    )
     for tree, like in [(stepped, start), (flatten(state), flatten(strategy.init(start)))]:
         assert {n: (t.shape, t.dtype) for n, t in tree.items()} == {
             n: (t.shape, t.dtype) for n, t in like.items()
@@ -142,9 +168,9 @@ def test_names_shapes_and_dtypes_are_kept(row: Row) -> None:
 @rows
 def test_server_step_is_pure(row: Row) -> None:
     strategy, start = make(row), params()
-    state, combined = strategy.init(start), combine(strategy, updates(0))
-    once = strategy.server(start, state, combined)
-    again = strategy.server(start, state, combined)
+    state, combined = strategy.init(start), combine(strategy, updates(strategy, 0))
+    once = serve(strategy, start, state, combined)
+    again = serve(strategy, start, state, combined)
     assert same(once[0], again[0])
     assert same(flatten(once[1]), flatten(again[1]))
     assert same(start, params())
@@ -154,40 +180,44 @@ def test_server_step_is_pure(row: Row) -> None:
 @rows
 def test_state_goes_through_disk_bit_for_bit(row: Row) -> None:
     strategy, start = make(row), params()
-    stepped, state = strategy.server(start, strategy.init(start), combine(strategy, updates(0)))
+    stepped, state = serve(
+        strategy, start, strategy.init(start), combine(strategy, updates(strategy, 0))
+    )
     tensors, _ = unpack(pack(flatten(state)))
-    combined = combine(strategy, updates(1))
-    kept = strategy.server(stepped, state, combined)[0]
-    restored = strategy.server(stepped, unflatten(tensors), combined)[0]
+    combined = combine(strategy, updates(strategy, 1))
+    kept = serve(strategy, stepped, state, combined)[0]
+    restored = serve(strategy, stepped, unflatten(tensors), combined)[0]
     assert same(kept, restored)
 
 
 @rows
 def test_order_and_grouping_of_clients_do_not_matter(row: Row) -> None:
-    strategy, start, update = make(row), params(), updates(0)
+    strategy, start = make(row), params()
+    update = updates(strategy, 0)
     combiner = strategy.combine
     whole = combine(strategy, update)
-    backwards = combiner.zero(start)
+    backwards = combiner.zero(expected(strategy))
     for k in (4, 3, 1, 0, 2):
         backwards = combiner.add(backwards, update.take([k]))
     others = [combiner.finish(backwards)]
     if combiner.merge is not None:
-        left = combiner.add(combiner.zero(start), update.take([0, 1]))
-        right = combiner.add(combiner.zero(start), update.take([2, 3, 4]))
+        left = combiner.add(combiner.zero(expected(strategy)), update.take([0, 1]))
+        right = combiner.add(combiner.zero(expected(strategy)), update.take([2, 3, 4]))
         others.append(combiner.finish(combiner.merge(left, right)))
-    stepped, _ = strategy.server(start, strategy.init(start), whole)
+    stepped, _ = serve(strategy, start, strategy.init(start), whole)
     for other in others:
         assert other.clients == whole.clients
-        turned, _ = strategy.server(start, strategy.init(start), other)
+        turned, _ = serve(strategy, start, strategy.init(start), other)
         for name, tensor in stepped.items():
             torch.testing.assert_close(turned[name], tensor)
 
 
 @rows
 def test_grouping_into_stacks_is_bit_for_bit_the_same(row: Row) -> None:
-    strategy, update = make(row), updates(0)
+    strategy = make(row)
+    update = updates(strategy, 0)
     combiner = strategy.combine
-    alone = combiner.zero(params())
+    alone = combiner.zero(expected(strategy))
     for k in range(5):
         alone = combiner.add(alone, update.take([k]))
     assert same(combiner.finish(alone).delta, combine(strategy, update).delta)
