@@ -60,13 +60,32 @@ from umbel.privacy.secure_aggregation.words import pack_words
 
 
 @dataclass
-class _Edge:
+class Edge:
     """What a client keeps about a neighbour; the later fields fill as the round goes on."""
 
     mine: bytes
     box_in: bytes
     tags: bytes
     theirs: boxes.Contents = field(default=boxes.Contents(b"", b"", b""))
+
+
+@dataclass
+class State:
+    """What a client knows in a round; everything secret of it is here."""
+
+    over: Reason | None = None
+    expects: tuple[type[Message], ...] = (Invitation, Again)
+    pair: KeyPair | None = None
+    chain: graph.Chain | None = None
+    seed: bytearray = field(default_factory=bytearray)
+    edges: dict[int, Edge] = field(default_factory=dict)
+    advert: Advert | None = None
+    roster: Roster | None = None
+    members: tuple[int, ...] = ()
+    neighbours: tuple[int, ...] = ()
+    graph_digest: bytes = b""
+    survivors: Survivors | None = None
+    consent_digest: bytes = b""
 
 
 class Setup(NamedTuple):
@@ -136,40 +155,26 @@ class Client:
         self._keys = RoundKeys(terms.run, terms.round_number, self._digest)
         self._keep = keep
         self.setup = setup
-        self._expects: tuple[type[Message], ...] = (Invitation, Again)
-        self._over: Reason | None = None
-        self._forget()
+        self.state = State()
 
     def _forget(self) -> None:
         """Lets go of every secret of the round."""
-        seed: bytearray | None = getattr(self, "_seed", None)
-        if seed is not None:
-            seed[:] = bytes(len(seed))
-        self._seed = bytearray()
-        self._pair: KeyPair | None = None
-        self._chain: graph.Chain | None = None
-        self._edges: dict[int, _Edge] = {}
-        self._advert: Advert | None = None
-        self._roster: Roster | None = None
-        self._members: tuple[int, ...] = ()
-        self._neighbours: tuple[int, ...] = ()
-        self._graph_digest = b""
-        self._survivors: Survivors | None = None
-        self._consent_digest = b""
+        self.state.seed[:] = bytes(len(self.state.seed))
+        self.state = State(self.state.over)
 
     @property
     def finished(self) -> bool:
         """Whether the client has answered for the last time in this round."""
-        return self._over is not None
+        return self.state.over is not None
 
     def step(self, data: bytes) -> Message:
         """The answer to one message of the server: the next message, or a refusal."""
         try:
-            if self._over is not None:
-                raise Refused(self._over, "this client has answered for the last time")
+            if self.state.over is not None:
+                raise Refused(self.state.over, "this client has answered for the last time")
             message = decode(data, self._digest)
-            if type(message) not in self._expects:
-                expected = " or ".join(kind.__name__ for kind in self._expects)
+            if type(message) not in self.state.expects:
+                expected = " or ".join(kind.__name__ for kind in self.state.expects)
                 raise Refused(
                     Reason.OUT_OF_TURN, f"expected {expected}, got {type(message).__name__}"
                 )
@@ -178,7 +183,7 @@ class Client:
             return self._refuse(refused)
         except BaseException:
             # The payload failed: its error stays at home, and the round ends for this client.
-            self._over = Reason.DEAD
+            self.state.over = Reason.DEAD
             self._forget()
             raise
 
@@ -202,8 +207,8 @@ class Client:
                 raise Refused(Reason.OUT_OF_TURN, "a message that servers do not send")
 
     def _refuse(self, refused: Refused) -> Refusal:
-        if self._over is None:
-            self._over = Reason.DEAD
+        if self.state.over is None:
+            self.state.over = Reason.DEAD
         self._forget()
         detail = refused.detail.encode("ascii", "replace").decode("ascii")[:MAX_DETAIL]
         unsigned = Refusal(self.member, refused.reason, detail, b"")
@@ -212,10 +217,12 @@ class Client:
 
     def _on_invitation(self, message: Invitation) -> Advert:
         self._accept_terms(message.terms)
-        self._pair, self._chain = KeyPair(), graph.Chain()
-        self._advert = Advert(self.member, self._pair.public_key, self._chain.commitment)
-        self._expects = (Roster,)
-        return self._advert
+        self.state.pair, self.state.chain = KeyPair(), graph.Chain()
+        self.state.advert = Advert(
+            self.member, self.state.pair.public_key, self.state.chain.commitment
+        )
+        self.state.expects = (Roster,)
+        return self.state.advert
 
     def _on_again(self, message: Again) -> Shares:
         self._accept_terms(message.terms)
@@ -224,7 +231,11 @@ class Client:
             raise Refused(Reason.NO_SETUP, "nothing is kept of that round")
         if self._terms.overflows(len(kept.members)):
             raise Refused(Reason.RING_OVERFLOW, f"{len(kept.members)} values do not fit the ring")
-        self._roster, self._members, self._neighbours = kept.roster, kept.members, kept.neighbours
+        self.state.roster, self.state.members, self.state.neighbours = (
+            kept.roster,
+            kept.members,
+            kept.neighbours,
+        )
         return self._deal(graph.kept_digest(self._digest, kept.digest), kept.secrets)
 
     def _accept_terms(self, terms: bytes) -> None:
@@ -241,38 +252,40 @@ class Client:
             raise Refused(Reason.OTHER_TERMS, "size, ring, value bits or directory differ")
 
     def _on_roster(self, message: Roster) -> Reveal | Shares:
-        assert self._advert is not None
-        assert self._chain is not None
-        self._members = accept_roster(
+        assert self.state.advert is not None
+        assert self.state.chain is not None
+        self.state.members = accept_roster(
             message,
-            previous=self._roster,
-            own=self._advert,
+            previous=self.state.roster,
+            own=self.state.advert,
             known=len(self._directory),
             terms=self._terms,
             policy=self._policy,
         )
-        self._roster = message
-        if message.neighbours == len(self._members) - 1:
-            return self._meet(bytes(32), np.arange(len(self._members)))
-        self._expects = (Draw, Roster)
-        return Reveal(self.member, message.draw, self._chain.open(message.draw))
+        self.state.roster = message
+        if message.neighbours == len(self.state.members) - 1:
+            return self._meet(bytes(32), np.arange(len(self.state.members)))
+        self.state.expects = (Draw, Roster)
+        return Reveal(self.member, message.draw, self.state.chain.open(message.draw))
 
     def _on_draw(self, message: Draw) -> Shares:
-        assert self._roster is not None
-        n, size = len(self._members), graph.NONCE_BYTES
+        assert self.state.roster is not None
+        n, size = len(self.state.members), graph.NONCE_BYTES
         if len(message.nonces) != n * size:
             raise Refused(Reason.WRONG_REVEAL, f"{len(message.nonces)} bytes for {n} secrets")
-        odd = graph.all_open(self._roster.commitments(), self._roster.draw, message.nonces)
+        odd = graph.all_open(
+            self.state.roster.commitments(), self.state.roster.draw, message.nonces
+        )
         if odd >= 0:
             raise Refused(
                 Reason.WRONG_REVEAL,
-                f"the secret of member {self._members[odd]} is not the promised one",
+                f"the secret of member {self.state.members[odd]} is not the promised one",
             )
         seed = graph.seed_of(self._roster_digest(), message.nonces)
         return self._meet(seed, graph.ring(seed, n))
 
     def _roster_digest(self) -> bytes:
-        roster = self._roster
+        roster = self.state.roster
         assert roster is not None
         return graph.roster_digest_of(
             self._digest, roster.draw, roster.neighbours, roster.threshold, roster.adverts
@@ -280,11 +293,11 @@ class Client:
 
     def _meet(self, seed: bytes, order: graph.Order) -> Shares:
         """Agrees on a secret with each neighbour, and deals."""
-        assert self._roster is not None
-        assert self._pair is not None
-        me, roster = self.member, self._roster
-        positions = graph.neighbours_of(order, roster.neighbours, self._members.index(me))
-        self._neighbours = tuple(self._members[position] for position in positions)
+        assert self.state.roster is not None
+        assert self.state.pair is not None
+        me, roster = self.member, self.state.roster
+        positions = graph.neighbours_of(order, roster.neighbours, self.state.members.index(me))
+        self.state.neighbours = tuple(self.state.members[position] for position in positions)
         secrets: dict[int, bytes] = {}
         for position in positions:
             advert = roster.entry(position)
@@ -293,60 +306,64 @@ class Client:
                 lasting = self._identity.agree(self._directory, them)
             except ValueError:
                 raise Refused(Reason.REPLACED_KEY, f"member {them} has no usable key") from None
-            secrets[them] = self._pair.agree(advert.key, them) + lasting
-        self._pair = self._chain = None
+            secrets[them] = self.state.pair.agree(advert.key, them) + lasting
+        self.state.pair = self.state.chain = None
         digest = graph.digest_of(self._roster_digest(), seed)
         if self._keep:
-            self.setup = Setup(roster, self._members, self._neighbours, digest, secrets)
+            self.setup = Setup(roster, self.state.members, self.state.neighbours, digest, secrets)
         return self._deal(digest, secrets)
 
     def _deal(self, graph_digest: bytes, secrets: Mapping[int, bytes]) -> Shares:
         """Seals a share of both of the client's secrets of this round for each neighbour."""
-        assert self._roster is not None
+        assert self.state.roster is not None
         me, keys, bound = self.member, self._keys, graph_digest
-        self._graph_digest = graph_digest
-        self._seed = bytearray(os.urandom(shamir.SECRET_BYTES))
+        self.state.graph_digest = graph_digest
+        self.state.seed = bytearray(os.urandom(shamir.SECRET_BYTES))
         root = os.urandom(shamir.SECRET_BYTES)
-        k, t = self._roster.neighbours, self._roster.threshold
-        dealt = zip(shamir.split(bytes(self._seed), t, k), shamir.split(root, t, k), strict=True)
+        k, t = self.state.roster.neighbours, self.state.roster.threshold
+        dealt = zip(
+            shamir.split(bytes(self.state.seed), t, k), shamir.split(root, t, k), strict=True
+        )
         sealed = []
-        for them, (seed_share, root_share) in zip(self._neighbours, dealt, strict=True):
+        for them, (seed_share, root_share) in zip(self.state.neighbours, dealt, strict=True):
             pair = keys.pair(secrets[them], me, them)
             half = keys.half(root, me, them)
-            self._edges[them] = _Edge(half, pair.box(them, me), pair.tags)
+            self.state.edges[them] = Edge(half, pair.box(them, me), pair.tags)
             contents = boxes.Contents(seed_share, root_share, half)
             sealed.append((them, boxes.seal(pair.box(me, them), bound, me, them, contents)))
-        self._expects = (Delivery,)
-        digests = seed_digest(bound, me, bytes(self._seed)), root_digest(bound, me, root)
+        self.state.expects = (Delivery,)
+        digests = seed_digest(bound, me, bytes(self.state.seed)), root_digest(bound, me, root)
         return Shares(me, *digests, tuple(sealed))
 
     def _on_delivery(self, message: Delivery) -> Masked:
-        assert self._roster is not None
+        assert self.state.roster is not None
         for them, _ in message.boxes:
-            if them not in self._edges:
+            if them not in self.state.edges:
                 raise Refused(Reason.NOT_A_NEIGHBOUR, f"shares from {them}, who is no neighbour")
-        if len(message.boxes) < self._roster.threshold:
+        if len(message.boxes) < self.state.roster.threshold:
             raise Refused(
                 Reason.TOO_FEW_SHARES,
-                f"shares from {len(message.boxes)} neighbours, need {self._roster.threshold}",
+                f"shares from {len(message.boxes)} neighbours, need {self.state.roster.threshold}",
             )
         for them, box in message.boxes:
-            edge = self._edges[them]
-            edge.theirs = boxes.open_box(edge.box_in, self._graph_digest, them, self.member, box)
+            edge = self.state.edges[them]
+            edge.theirs = boxes.open_box(
+                edge.box_in, self.state.graph_digest, them, self.member, box
+            )
             edge.box_in = b""
         heard = {them for them, _ in message.boxes}
-        self._edges = {them: edge for them, edge in self._edges.items() if them in heard}
-        me, bound, wrap = self.member, self._graph_digest, self._keys.wrap
+        self.state.edges = {them: edge for them, edge in self.state.edges.items() if them in heard}
+        me, bound, wrap = self.member, self.state.graph_digest, self._keys.wrap
         seals = tuple(
             (
                 them,
                 boxes.confirm(edge.tags, bound, me, them)
                 + wrap(edge.mine, edge.theirs.half, me, them),
             )
-            for them, edge in self._edges.items()
+            for them, edge in self.state.edges.items()
         )
         masked = self._mask(self._payload())
-        self._expects = (Survivors,)
+        self.state.expects = (Survivors,)
         return Masked(me, seals, masked)
 
     def _mask(self, values: Words) -> memoryview:
@@ -357,57 +374,57 @@ class Client:
         if int(values.max()) >> terms.value_bits:
             raise Refused(Reason.RING_OVERFLOW, f"an element has over {terms.value_bits} bits")
         words = np.array(values, dtype="<u4")
-        keys, own = self._keys, self._keys.self_mask(bytes(self._seed), me)
+        keys, own = self._keys, self._keys.self_mask(bytes(self.state.seed), me)
         masks = {
             them: keys.mask((edge.mine, edge.theirs.half), me, them)
-            for them, edge in self._edges.items()
+            for them, edge in self.state.edges.items()
         }
         above = [mask for them, mask in masks.items() if them > me]
         below = [mask for them, mask in masks.items() if them < me]
         add_streams(words, [own, *above], below)
-        for edge in self._edges.values():
+        for edge in self.state.edges.values():
             edge.mine = b""
             edge.theirs = edge.theirs._replace(half=b"")
-        self._seed[:] = bytes(len(self._seed))
+        self.state.seed[:] = bytes(len(self.state.seed))
         return pack_words(words, terms)
 
     def _on_survivors(self, message: Survivors) -> Consent:
-        assert self._roster is not None
+        assert self.state.roster is not None
         accept_survivors(
             message,
             me=self.member,
-            members=self._members,
-            neighbours=self._neighbours,
-            confirmations={them: edge.tags for them, edge in self._edges.items()},
-            threshold=self._roster.threshold,
+            members=self.state.members,
+            neighbours=self.state.neighbours,
+            confirmations={them: edge.tags for them, edge in self.state.edges.items()},
+            threshold=self.state.roster.threshold,
             min_cohort=self._policy.min_cohort,
-            graph_digest=self._graph_digest,
+            graph_digest=self.state.graph_digest,
         )
-        self._survivors = message
-        self._consent_digest = survivors_digest(message, self._graph_digest)
-        self._expects = (Consents,)
+        self.state.survivors = message
+        self.state.consent_digest = survivors_digest(message, self.state.graph_digest)
+        self.state.expects = (Consents,)
         active = set(message.active)
         tags = tuple(
-            (them, boxes.consent(edge.tags, self._consent_digest, self.member, them))
-            for them, edge in self._edges.items()
+            (them, boxes.consent(edge.tags, self.state.consent_digest, self.member, them))
+            for them, edge in self.state.edges.items()
             if them in active
         )
-        return Consent(self.member, self._consent_digest, tags)
+        return Consent(self.member, self.state.consent_digest, tags)
 
     def _on_consents(self, message: Consents) -> Unmask:
-        assert self._roster is not None
-        assert self._survivors is not None
-        active = set(self._survivors.active)
+        assert self.state.roster is not None
+        assert self.state.survivors is not None
+        active = set(self.state.survivors.active)
         # A tag that does not verify counts as missing.
-        good, threshold = 0, self._roster.threshold
+        good, threshold = 0, self.state.roster.threshold
         for them, entry in message.consents:
-            if them not in self._edges or them not in active:
+            if them not in self.state.edges or them not in active:
                 raise Refused(Reason.NOT_A_NEIGHBOUR, f"a consent of {them}, no live neighbour")
             digest, tag = entry[:DIGEST_BYTES], entry[DIGEST_BYTES:]
-            expected = boxes.consent(self._edges[them].tags, digest, them, self.member)
+            expected = boxes.consent(self.state.edges[them].tags, digest, them, self.member)
             if not hmac.compare_digest(tag, expected):
                 continue
-            if digest != self._consent_digest:
+            if digest != self.state.consent_digest:
                 raise Refused(Reason.SPLIT_VIEWS, f"member {them} was shown another survivor set")
             good += 1
         if good < threshold:
@@ -415,9 +432,9 @@ class Client:
                 Reason.TOO_FEW_CONSENTS,
                 f"{good} neighbours consented to this set, need {threshold}",
             )
-        edges = self._edges.items()
+        edges = self.state.edges.items()
         seeds = tuple((them, edge.theirs.seed) for them, edge in edges if them in active)
         roots = tuple((them, edge.theirs.root) for them, edge in edges if them not in active)
-        self._over = Reason.ALREADY_UNMASKED
+        self.state.over = Reason.ALREADY_UNMASKED
         self._forget()
         return Unmask(self.member, seeds, roots)

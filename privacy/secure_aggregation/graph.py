@@ -36,18 +36,24 @@ def _link(value: bytes) -> bytes:
 
 
 class Chain:
-    """A client's own secrets for the draws of one round, and the commitment to them."""
+    """A client's own secrets for the draws of one round, and the commitment to them.
 
-    def __init__(self) -> None:
-        links = [os.urandom(NONCE_BYTES)]
-        for _ in range(MAX_DRAWS):
-            links.append(_link(links[-1]))
-        self.commitment = links.pop()
-        self._links = links
+    Args:
+        links, commitment: of a chain that there was before; a fresh one where they are left out.
+    """
+
+    def __init__(self, links: list[bytes] | None = None, commitment: bytes = b"") -> None:
+        if links is None:
+            links = [os.urandom(NONCE_BYTES)]
+            for _ in range(MAX_DRAWS):
+                links.append(_link(links[-1]))
+            commitment = links.pop()
+        self.commitment = commitment
+        self.links = links
 
     def open(self, draw: int) -> bytes:
         """The secret of draw 0 … MAX_DRAWS - 1; it shows nothing about those of later draws."""
-        return self._links[MAX_DRAWS - 1 - draw]
+        return self.links[MAX_DRAWS - 1 - draw]
 
 
 def opens(commitment: bytes, draw: int, nonce: bytes) -> bool:

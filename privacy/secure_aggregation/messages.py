@@ -358,7 +358,7 @@ Message: TypeAlias = (
     | Refusal
 )
 
-_KINDS: dict[int, type[Message]] = {
+KINDS: dict[int, type[Message]] = {
     kind.KIND: kind
     for kind in (
         Invitation,
@@ -395,7 +395,7 @@ def decode(data: bytes, terms_digest: bytes) -> Message:
     reader = Reader(data)
     if reader.take(len(MAGIC)) != MAGIC:
         raise Refused(Reason.MALFORMED, "no message of this protocol and version")
-    kind = _KINDS.get(reader.number(1))
+    kind = KINDS.get(reader.number(1))
     if kind is None:
         raise Refused(Reason.MALFORMED, "a message of no known kind")
     if reader.take(DIGEST_BYTES) != terms_digest and kind not in (Invitation, Again):

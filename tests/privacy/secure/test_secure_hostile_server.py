@@ -158,7 +158,7 @@ SURVIVORS = [
 
 def consent_to(cohort, member, digest):
     """``member``'s consent to ``digest``, as it would tell the victim."""
-    key = vars(cohort.clients[0])["_edges"][member].tags
+    key = cohort.clients[0].state.edges[member].tags
     return (member, digest + boxes.consent(key, digest, member, 0))
 
 
@@ -207,9 +207,9 @@ def assert_refused(cohort, answer, reason, victim=0):
     signed = answer.signed(cohort.terms.digest)
     assert cohort.directory.verify(victim, SIGN_REFUSAL, signed, answer.signature)
     assert len(encode(answer, cohort.terms.digest)) < 400
-    kept = vars(cohort.clients[victim])
-    assert kept["_edges"] == {}
-    assert kept["_pair"] is None
+    kept = cohort.clients[victim].state
+    assert kept.edges == {}
+    assert kept.pair is None
 
 
 def record(cohort):
@@ -389,7 +389,7 @@ def test_openings_of_an_earlier_draw(cohort_of):
     cohort = cohort_of(**SPARSE)
     draw = cohort.until(Draw)
     # The victim is led to the second draw and given the secrets of the first.
-    roster = vars(cohort.clients[0])["_roster"]
+    roster = cohort.clients[0].state.roster
     assert isinstance(cohort.send(replace(roster, draw=1)), Reveal)
     assert_refused(cohort, cohort.send(draw), Reason.WRONG_REVEAL)
 
@@ -434,7 +434,7 @@ MIDDLE = [
     ("to the victim alone", change_member(3, forged)),
     ("its commitment as well", change_member(3, lambda c, a: replace(forged(c, a), commitment=os.urandom(32)))),
     ("its commitment alone", change_member(3, lambda c, a: replace(a, commitment=os.urandom(32)))),
-    ("another member's key", change_member(3, lambda c, a: replace(a, key=c.clients[2]._advert.key))),
+    ("another member's key", change_member(3, lambda c, a: replace(a, key=c.clients[2].state.advert.key))),
 ]  # fmt: skip
 
 
@@ -461,7 +461,7 @@ def test_a_key_replaced_by_the_server_opens_no_box(cohort_of, name, script, forg
         terms = cohort.terms
         keys = RoundKeys(terms.run, terms.round_number, terms.digest)
         pair = keys.pair(cohort.forged.agree(own.key, 0) + bytes(32), 0, 3)
-        bound = vars(cohort.clients[0])["_graph_digest"]
+        bound = cohort.clients[0].state.graph_digest
         share = shamir.split(os.urandom(32), 2, 3)[0]
         box = boxes.seal(pair.box(3, 0), bound, 3, 0, Contents(share, share, os.urandom(32)))
         delivery = Delivery(tuple((m, box if m == 3 else b) for m, b in delivery.boxes))

@@ -219,7 +219,7 @@ def test_no_survivor_sets_open_both_secrets_of_a_client(cohort_of, data):
         relayed = []
         for v in active:
             if v in corrupt:  # says whatever helps
-                key = vars(cohort.clients[m])["_edges"][v].tags
+                key = cohort.clients[m].state.edges[v].tags
                 relayed.append((v, mine.digest + boxes.consent(key, mine.digest, v, m)))
             elif v != m and v in consents and consents[v][0].digest == mine.digest:
                 relayed.append((v, mine.digest + dict(consents[v][0].tags).get(m, bytes(16))))

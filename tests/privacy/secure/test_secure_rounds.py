@@ -268,10 +268,10 @@ def test_secrets_are_let_go_at_the_end(cohort_of):
     run_round(cohort.server(), cohort.clients, cohort.terms)
     for client in cohort.clients.values():
         assert client.finished
-        kept = vars(client)
-        assert kept["_edges"] == {}
-        assert kept["_seed"] == bytearray()
-        assert kept["_pair"] is kept["_chain"] is None
+        kept = client.state
+        assert kept.edges == {}
+        assert kept.seed == bytearray()
+        assert kept.pair is kept.chain is None
 
 
 def test_the_seed_is_overwritten_once_the_vector_is_masked(cohort_of):
@@ -281,13 +281,13 @@ def test_the_seed_is_overwritten_once_the_vector_is_masked(cohort_of):
     while server.stage is not Stage.MASKED:
         cohort.answer(server, out)
         out = server.advance()
-    seed = vars(cohort.clients[0])["_seed"]
+    seed = cohort.clients[0].state.seed
     assert any(seed)
     masked = cohort.clients[0].step(out.messages[0])
     assert isinstance(masked, Masked)
     assert not any(seed)
     assert all(
-        edge.mine == edge.theirs.half == b"" for edge in vars(cohort.clients[0])["_edges"].values()
+        edge.mine == edge.theirs.half == b"" for edge in cohort.clients[0].state.edges.values()
     )
 
 
