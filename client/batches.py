@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from umbel.core import randomness
+from umbel.datasets.episodes import Classes, Episodes
 
 Index: TypeAlias = npt.NDArray[np.int64]
 BatchSize: TypeAlias = int | Literal["full"]
@@ -55,6 +56,27 @@ def schedule(
     return batches[:total]
 
 
+def episodic(
+    seed: int,
+    round_number: int,
+    client: str,
+    labels: npt.NDArray[np.int64],
+    episodes: Episodes,
+    epochs: int | None,
+    steps: int | None,
+) -> list[Index]:
+    """As :func:`schedule`, where each batch is an episode; an epoch is as many as the data fill.
+
+    Raises:
+        InputError: the client has too few classes with enough examples.
+    """
+    classes = Classes.of(labels, episodes, f"client '{client}'")
+    stream = randomness.key(seed, "episodes", round_number, client)
+    total = steps or (epochs or 1) * max(1, len(labels) // episodes.size)
+    draws = randomness.mix(stream, np.arange(total, dtype=np.uint64))
+    return [episodes.draw(draw, classes) for draw in draws]
+
+
 def steps_of(n: Any, batch_size: BatchSize, epochs: int | None, steps: int | None) -> Any:
     """How many steps a client of ``n`` examples takes in a round; ``n`` may be an array."""
     if steps is not None:
@@ -84,6 +106,17 @@ class Padded(NamedTuple):
 
     rows: Index
     counts: Index
+
+
+def stacked(schedules: Sequence[Sequence[Index]]) -> Padded:
+    """The batches of C clients, all of one size, as rectangles."""
+    width, steps = len(schedules[0][0]), max(map(len, schedules))
+    rows = np.zeros((steps, len(schedules), width), np.int64)
+    counts = np.zeros((steps, len(schedules)), np.int64)
+    for client, batches in enumerate(schedules):
+        rows[: len(batches), client] = batches
+        counts[: len(batches), client] = width
+    return Padded(rows, counts)
 
 
 def schedules(

@@ -137,9 +137,13 @@ class ClientRuntime:
         optimizer = optimizers.optimizer(section, trained.values(), lr)
         scaler = torch.amp.GradScaler(self.device.type, enabled=section.precision == "float16")
         columns = {name: tensor_of(c).to(self.device) for name, c in examples.items()}
-        schedule = batches.schedule(
-            seed, round_number, client, n, section.batch_size, *self.run.round_length
-        )
+        length = self.run.round_length
+        if self.task.episodes is None:
+            size = section.batch_size
+            schedule = batches.schedule(seed, round_number, client, n, size, *length)
+        else:
+            labels, episodes = examples["y"], self.task.episodes
+            schedule = batches.episodic(seed, round_number, client, labels, episodes, *length)
         totals: dict[str, Tensor] = {}
         local = Local(trained, anchor, shared, mine, 0, len(schedule))
         with devices.seeded(

@@ -47,9 +47,15 @@ class Trainer:
         return Subject(self._runtime, self.module, draws, unflatten(shared))
 
     def examples(self, place: int, most: int) -> dict[str, Tensor]:
-        """The first examples of a client, on the device."""
-        rows = self._residents.data.train_holdings.of_client(place)[:most]
-        index = torch.from_numpy(rows.astype(np.int64))
+        """The first examples of a client, or its first batch where that is fixed; on the device."""
+        data, task = self._residents.data, self._runtime.task
+        held = data.train_holdings.of_client(place)
+        if task.episodes is None:
+            held = held[:most]
+        else:
+            labels, name = data.train["y"][held], data.names[place]
+            held = held[batches.episodic(0, 0, name, labels, task.episodes, None, 1)[0]]
+        index = torch.from_numpy(held.astype(np.int64))
         return {
             name: column[index.to(column.device)].to(self._runtime.device)
             for name, column in self.columns.items()
@@ -77,14 +83,18 @@ class Trainer:
         run, device, data = self._runtime.run, self._runtime.device, self._residents.data
         clients = [data.names[place] for place in places.tolist()]
         holdings = data.train_holdings
-        padded = batches.schedules(
-            run.run.seed,
-            round_number,
-            clients,
-            _size(holdings.offsets, places),
-            run.client.batch_size,
-            *run.round_length,
-        )
+        length, episodes = run.round_length, self._runtime.task.episodes
+        if episodes is None:
+            sizes, size = _size(holdings.offsets, places), run.client.batch_size
+            padded = batches.schedules(run.run.seed, round_number, clients, sizes, size, *length)
+        else:
+            labels = [data.train["y"][holdings.of_client(place)] for place in places.tolist()]
+            padded = batches.stacked(
+                [
+                    batches.episodic(run.run.seed, round_number, client, y, episodes, *length)
+                    for client, y in zip(clients, labels, strict=True)
+                ]
+            )
         padded = batches.Padded(padded.rows[:head], padded.counts[:head])
         columns = self.columns
         offsets = holdings.offsets[places]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from umbel.core import randomness
 from umbel.core.errors import InputError
-from umbel.datasets.federated import Arrays, rows
+from umbel.datasets.episodes import Classes
+from umbel.datasets.federated import Arrays, rows, take
 from umbel.tasks.task import Batch, Forward, Task
 
 BATCH = 512
@@ -80,22 +82,32 @@ def evaluate(
     Returns:
         the number of examples, and name -> mean: ``loss`` and the task's metrics.
     """
-    module = module.to(device)
+    module, task = module.to(device), task.test or task
     was_training = module.training
     module.eval()
     totals: dict[str, Tensor] = {}
-    count = rows(arrays)
+    count = 0
     try:
         with torch.no_grad():
-            for start in range(0, count, batch_size):
-                batch = {
-                    name: tensor_of(column[start : start + batch_size]).to(device)
-                    for name, column in arrays.items()
-                }
-                add_sums(totals, per_example(task, module, batch)[1], lambda v: v.sum())
+            for part in _batches(task, arrays, batch_size):
+                count += rows(part)
+                batch = {name: tensor_of(column).to(device) for name, column in part.items()}
+                forward = module if task.adapt is None else task.adapt(module, batch)
+                add_sums(totals, per_example(task, forward, batch)[1], lambda v: v.sum())
     finally:
         module.train(was_training)
     return count, {name: float(total) / count for name, total in totals.items()}
+
+
+def _batches(task: Task, arrays: Arrays, batch_size: int) -> Iterator[Arrays]:
+    """All examples in order; or episodes, the same ones each time."""
+    if task.episodes is None:
+        for start in range(0, rows(arrays), batch_size):
+            yield {name: column[start : start + batch_size] for name, column in arrays.items()}
+        return
+    classes = Classes.of(arrays["y"], task.episodes, "the test part")
+    for number in range(task.test_episodes):
+        yield take(arrays, task.episodes.draw(randomness.key(0, "test episodes", number), classes))
 
 
 def add_sums(totals: dict[str, Tensor], figures: Batch, total: Callable[[Tensor], Tensor]) -> None:

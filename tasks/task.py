@@ -7,6 +7,8 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
+from umbel.datasets.episodes import Episodes
+
 Batch: TypeAlias = Mapping[str, Tensor]
 """Columns of a data set, name -> (B, …)."""
 
@@ -30,6 +32,10 @@ class Task(NamedTuple):
         decomposable: whether the loss of a batch is a mean over examples. DP-SGD needs that.
         unit: what one example is, such as a window of text: what example-level privacy hides.
         derived: figures of means, such as the perplexity, which no mean over examples is.
+        episodes: what a batch is, where it is not a random sample.
+        test: the task that evaluation measures; ``None``: this one.
+        test_episodes: how many evaluation draws, where batches are episodes.
+        adapt: (model, episode) -> the model that evaluation asks about it; ``None``: as it is.
     """
 
     build: Callable[[], nn.Module]
@@ -38,3 +44,7 @@ class Task(NamedTuple):
     decomposable: bool = True
     unit: str = "example"
     derived: Callable[[Mapping[str, float]], Mapping[str, float]] = nothing
+    episodes: Episodes | None = None
+    test: Task | None = None
+    test_episodes: int = 200
+    adapt: Callable[[nn.Module, Batch], Forward] | None = None
