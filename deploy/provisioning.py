@@ -41,7 +41,7 @@ AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 825
 REQUEST = "site request"
 
 # OWASP's second recommendation for Argon2id: 19 MiB, two passes, one lane.
-ARGON2 = {"iterations": 2, "lanes": 1, "memory_cost": 19 * 1024}
+PASSES, MEMORY_KIB = 2, 19 * 1024
 
 
 class Made(NamedTuple):
@@ -331,7 +331,8 @@ def note(folder: ServerFolder, event: str, **facts: Any) -> None:
 
 def password_hash(password: str) -> str:
     """Argon2id with a fresh salt, in the PHC format."""
-    kdf = Argon2id(salt=secrets.token_bytes(16), length=32, **ARGON2)
+    salt = secrets.token_bytes(16)
+    kdf = Argon2id(salt=salt, length=32, iterations=PASSES, lanes=1, memory_cost=MEMORY_KIB)
     return kdf.derive_phc_encoded(password.encode())
 
 

@@ -16,7 +16,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives import hashes
@@ -54,7 +54,12 @@ TAKE_SECONDS = 60.0
 OBJECT_SECONDS = 60.0
 """How long an object that the server has not stored yet is waited for."""
 
-P = TypeVar("P", bound=Proto)
+
+class _Parsed(Protocol):
+    def ParseFromString(self, serialized: bytes) -> int: ...
+
+
+P = TypeVar("P", bound=_Parsed)
 
 
 class LostError(Exception):

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.common.serde import message_to_proto
 
 from umbel.client.flower.fleet import (
     Delivery,
@@ -27,7 +26,7 @@ from umbel.client.flower.fleet import (
     LostError,
     TooLargeError,
 )
-from umbel.client.flower.site_worker import Work, read_message, write_work
+from umbel.client.flower.site_worker import Work, read_message, write_message, write_work
 from umbel.client.folder import Kit, SiteFolder
 from umbel.client.guard import REFUSED, Accepted, Guard, Refusal
 from umbel.client.policy import read_policy
@@ -253,7 +252,7 @@ class Site:
 
     def _keep(self, message: Message, attempt: int) -> None:
         path = self._inbox / f"{message.metadata.message_id}.{attempt}"
-        replace_file(path, message_to_proto(message).SerializeToString())
+        replace_file(path, write_message(message))
 
     def _forget(self, message: Message) -> None:
         for path in self._inbox.glob(f"{message.metadata.message_id}.*"):

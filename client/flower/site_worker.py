@@ -41,11 +41,17 @@ class Work(NamedTuple):
 def write_work(work: Work, message: Message) -> bytes:
     """A request for the worker."""
     head = json.dumps(work._asdict()).encode()
-    return len(head).to_bytes(4, "big") + head + message_to_proto(message).SerializeToString()
+    return len(head).to_bytes(4, "big") + head + write_message(message)
+
+
+def write_message(message: Message) -> bytes:
+    """A message with its content."""
+    document: bytes = message_to_proto(message).SerializeToString()
+    return document
 
 
 def read_message(document: bytes) -> Message:
-    """The inverse of what the worker answers with."""
+    """The inverse of :func:`write_message`."""
     return message_from_proto(ProtoMessage.FromString(document))
 
 
@@ -81,7 +87,7 @@ def make(settings: dict[str, Any]) -> Callable[[bytes], bytes]:
             contexts.pop(next(iter(contexts)))
         reply = app(message=message, context=context)
         gc.collect(0)
-        return message_to_proto(reply).SerializeToString()
+        return write_message(reply)
 
     return answer
 

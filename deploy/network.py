@@ -1,0 +1,204 @@
+"""A whole federation on this machine, as it is deployed: a server and its sites, each a process.
+
+The same commands as in docs/deploy.md, in the same order, but over the loopback interface. For a
+first look, for tests and for measurements.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from umbel.client.folder import SiteFolder
+from umbel.core.errors import RunError
+from umbel.core.run_file import RunFile
+from umbel.deploy.jobs import OVER, Job, Jobs
+from umbel.deploy.loopback import HOST, STOP_SECONDS, SWITCHES, Site, free_ports
+from umbel.deploy.server_folder import ServerFolder
+from umbel.deploy.state import server_state
+
+SERVER = "server"
+
+
+class Network:
+    """A federation that is up between ``with`` and its end.
+
+    Args:
+        folder: of everything; what an earlier one left in it is used again.
+        sites: who takes part.
+        patience: seconds to wait for each process to be there.
+    Raises:
+        RunError: a process did not start or ended early; the end of its log is quoted.
+    """
+
+    def __init__(self, folder: Path, sites: Sequence[Site], *, patience: float = 180.0) -> None:
+        self.folder = folder.absolute()
+        self.server = ServerFolder(self.folder / SERVER)
+        self.sites = {site.client: SiteFolder(self.folder / site.client) for site in sites}
+        self._data = {site.client: site.data for site in sites}
+        self._patience = patience
+        self._stack = ExitStack()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Network:
+        try:
+            if not self.server.settings_file.exists():
+                self._provision()
+            self.start(SERVER)
+            for name in self.sites:
+                self.start(name)
+            self.wait_for(lambda: self._online() >= self.sites.keys(), "the sites")
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the server."""
+        settings = self.server.settings()
+        return f"{settings.hosts[0]}:{settings.port}"
+
+    def umbel(self, *arguments: str) -> dict[str, Any]:
+        """One command of Umbel, in the folder; what it answers.
+
+        Raises:
+            RunError: it failed.
+        """
+        done = subprocess.run(
+            self._command([*arguments, "--format", "json"]),
+            cwd=self.folder,
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RunError(f"umbel {' '.join(arguments)}: {(done.stdout or done.stderr)[-800:]}")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def start(self, name: str) -> int:
+        """Starts the server or a site; its process id."""
+        kind = SERVER if name == SERVER else "site"
+        log = self._stack.enter_context((self.folder / f"{name}.log").open("ab"))
+        self._processes[name] = subprocess.Popen(
+            self._command([kind, "start", "--folder", name]),
+            cwd=self.folder,
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        return self._processes[name].pid
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Ends the server or a site by this signal, and waits for its end."""
+        process = self._processes.pop(name)
+        with suppress(ProcessLookupError):
+            process.send_signal(number)
+        process.wait()
+
+    def pid(self, name: str) -> int:
+        """Of the server or a site."""
+        return self._processes[name].pid
+
+    def log(self, name: str) -> str:
+        """What the server or a site said so far."""
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def submit(self, run: RunFile, sites: int = 0) -> Job:
+        """Puts a run into the server's queue."""
+        return Jobs(self.server.jobs_database).submit(run, "", sites)
+
+    def job(self, job: Job) -> Job:
+        """What became of it."""
+        return Jobs(self.server.jobs_database).get(job.id)
+
+    def finish(self, job: Job, seconds: float = 300.0) -> Job:
+        """Waits until a run is over.
+
+        Raises:
+            RunError: it is not, or a process ended.
+        """
+        self.wait_for(lambda: self.job(job).state in OVER, f"run '{job.id}'", seconds)
+        return self.job(job)
+
+    def wait_for(self, there: Callable[[], bool], what: str, seconds: float | None = None) -> None:
+        """Waits until something is so.
+
+        Raises:
+            RunError: it is not so in time, or a process ended.
+        """
+        until = time.monotonic() + (seconds or self._patience)
+        while not there():
+            for name, process in self._processes.items():
+                if (code := process.poll()) is not None:
+                    raise RunError(f"'{name}' ended with status {code}", where=self._tail(name))
+            if time.monotonic() > until:
+                tails = " ".join(self._tail(name) for name in self._processes)
+                raise RunError(f"{what} took too long", where=tails)
+            time.sleep(0.1)
+
+    def _provision(self) -> None:
+        from umbel.deploy import provisioning
+        from umbel.server.flower import link
+
+        port = free_ports(1)[0]
+        made = provisioning.init_server(self.server, ["localhost", HOST], port)
+        with self.server.settings_file.open("a", encoding="utf-8") as file:
+            file.write(f'listen = "{HOST}"\n')
+        requests = {}
+        for name, site in self.sites.items():
+            provisioning.init_site(site, name, self._data[name])
+            requests[name] = self.folder / f"{name}.request"
+            provisioning.write_request(site, requests[name])
+            provisioning.approve(self.server, requests[name], link.register, link.revoke)
+        for name, site in self.sites.items():  # now that all are members, each kit names all
+            provisioning.join(site, provisioning.write_kit(self.server, name), made.fingerprint)
+
+    def _online(self) -> set[str]:
+        return {n for n, s in server_state(self.server).sites.items() if s["online"]}
+
+    def _command(self, arguments: Sequence[str]) -> list[str]:
+        start = "import sys; from umbel.cli.main import main; sys.exit(main())"
+        return [sys.executable, "-P", "-c", start, *arguments]
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, **SWITCHES, "FLWR_HOME": str(self.folder / "flwr")}
+
+    def _tail(self, name: str) -> str:
+        return f"{name}: " + " | ".join(self.log(name).strip().splitlines()[-5:])
+
+    def _stop(self) -> None:
+        for process in reversed(self._processes.values()):
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + 2 * STOP_SECONDS
+        for process in reversed(self._processes.values()):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, until - time.monotonic()))
+        for process in self._processes.values():
+            with suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+        self._stack.close()
