@@ -37,6 +37,7 @@ PROBLEMS = {
     "client": "is not the client that the request names",
     "task": "cannot build the task",
     "model": "was sent a model that is not the task's",
+    "budget": "does not pay for that out of its privacy budget",
     "training": "failed in training",
     "evaluation": "failed in evaluation",
 }

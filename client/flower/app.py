@@ -108,7 +108,9 @@ def train(message: Message, context: Context) -> Message:
 def _trained(request: Request, context: Context, message: Message) -> tuple[Site, Updates]:
     """What the client learns in the round."""
     site = _site(request.run, context, request.client)
-    runtime, model = _runtime(site, request, message)
+    runtime, model = _runtime(site, request, message, seeded="client" not in context.node_config)
+    if "client" in context.node_config:  # people's data; in a simulation a node is a place
+        _pay(site, runtime, request, context)
     with _stage("training"):
         return site, runtime.train(request.round, site.name, site.train(), model)
 
@@ -211,14 +213,34 @@ def _find(data: FederatedData, context: Context) -> Site:
     )
 
 
-def _runtime(site: Site, request: Request, message: Message) -> tuple[ClientRuntime, Model]:
+def _pay(site: Site, runtime: ClientRuntime, request: Request, context: Context) -> None:
+    """Writes a private round into the site's own ledger, which refuses what its budget does not
+    cover, before anything is learnt."""
+    from umbel.client import site_ledger
+    from umbel.client.private_model import check_model
+    from umbel.tasks.evaluate import tensor_of
+
+    if not site_ledger.needed(request.run):
+        return
+    with _stage("budget"):
+        examples = site.train()
+        batch = {name: tensor_of(column[:2]) for name, column in examples.items()}
+        check_model(request.run, runtime.task, runtime.module().cpu(), batch)
+        mine = site_ledger.account(site.name, context.node_config)
+        job = str(context.node_config.get("job", context.run_id))
+        site_ledger.debit(mine, request.run, job, request.round, _rows(examples))
+
+
+def _runtime(
+    site: Site, request: Request, message: Message, seeded: bool = False
+) -> tuple[ClientRuntime, Model]:
     """What trains and evaluates, and the model that the server sent."""
     from umbel.core.payloads import unpack
     from umbel.core.trees import Model
 
     with _stage("task"):
         tables = json.dumps(messages.write_run(request.run), sort_keys=True)
-        runtime, own = _build(tables, json.dumps(asdict(site.data.info)))
+        runtime, own = _build(tables, json.dumps(asdict(site.data.info)), seeded)
     with _stage("model"):
         document = message.content[messages.MODEL][messages.MODEL]
         if not isinstance(document, bytes):
@@ -243,10 +265,11 @@ def _load(section: str, seed: int) -> FederatedData:
 
 
 @functools.lru_cache(maxsize=1)
-def _build(tables: str, info: str) -> tuple[ClientRuntime, Model]:
+def _build(tables: str, info: str, seeded: bool) -> tuple[ClientRuntime, Model]:
     from umbel.client.training import ClientRuntime
     from umbel.core import run_file
     from umbel.datasets.federated import Info
+    from umbel.privacy.sources import seeded_sources
     from umbel.strategies.build import build_strategy
     from umbel.tasks.build import build_task, initial_module, model_of
 
@@ -254,7 +277,9 @@ def _build(tables: str, info: str) -> tuple[ClientRuntime, Model]:
     fields = json.loads(info)
     task = build_task(run.task, Info(**{**fields, "input_shape": tuple(fields["input_shape"])}))
     rule = build_strategy(run.strategy).client
-    return ClientRuntime(run, task, rule), model_of(initial_module(task, run.run.seed))
+    sources = seeded_sources(run.run.seed) if seeded else None  # at a site never
+    own = model_of(initial_module(task, run.run.seed))
+    return ClientRuntime(run, task, rule, sources), own
 
 
 def _rows(arrays: Arrays) -> int:

@@ -131,7 +131,7 @@ def main(grid: Grid, context: Context) -> None:
         )
 
     serve(
-        run,
+        federation.run,
         federation,
         federation.info,
         engine="flower-deployment",

@@ -64,7 +64,8 @@ class GridFederation:
 
     Args:
         grid: of the ServerApp.
-        run: the run file; its tables go to the clients.
+        run: the run file; its tables go to the clients, with the noise that its privacy budget asks
+            for, which depends on what they hold: :attr:`run`.
         sites: how many nodes to wait for.
         wait: seconds until the nodes must be there and have answered.
         alive: raises where the machinery behind the grid has ended.
@@ -84,6 +85,7 @@ class GridFederation:
         alive: Callable[[], None] = nothing,
         end: Callable[[], None] = nothing,
     ) -> None:
+        self.run = run
         self._grid = grid
         self._tables = messages.write_run(run)
         self._alive = alive
@@ -93,6 +95,11 @@ class GridFederation:
         self._greet(sites, wait)
         self._names = sorted(self._hellos)
         self.info = self._agreed_info()
+        if run.privacy.unit != "none":
+            from umbel.server.private_plan import calibrated  # accountants take seconds to load
+
+            self.run = calibrated(run, self.examples())
+            self._tables = messages.write_run(self.run)
 
     def clients(self) -> Sequence[str]:
         """The names that the nodes gave, in lexicographic order."""

@@ -108,7 +108,7 @@ def carry_out(settings: Settings, orders: Orders) -> str:
 
         try:
             serve(
-                run,
+                federation.run,
                 federation,
                 federation.info,
                 engine="deployment",
