@@ -7,10 +7,11 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from umbel.cli import output
+from umbel.cli import output, site_ledger
 from umbel.cli.output import Format, FormatOption
 
 app = typer.Typer(help="Take part in a federation with this machine's data.")
+app.command()(site_ledger.ledger)
 policy = typer.Typer(help="What this site allows.")
 app.add_typer(policy, name="policy")
 audit_log = typer.Typer(help="What this site was asked, and what it decided.")

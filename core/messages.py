@@ -96,7 +96,9 @@ class Answer(_Reply):
 class Problem(Settings):
     """A client's answer when it cannot give another: a code, and an exception's class name."""
 
-    error: Literal["policy", "request", "data", "client", "task", "model", "training", "evaluation"]
+    error: Literal[
+        "policy", "request", "data", "client", "task", "model", "budget", "training", "evaluation"
+    ]
     exception: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 
     def reason(self) -> str:

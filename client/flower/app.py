@@ -125,7 +125,8 @@ def evaluate(message: Message, context: Context) -> Message:
             test = site.test()
         if test is None:
             return messages.answer(site.name, request.round, 0, {}), b""
-        runtime, model = _runtime(site, request, message)
+        seeded = "client" not in context.node_config  # the very runtime that trains
+        runtime, model = _runtime(site, request, message, seeded)
         with _stage("evaluation"):
             examples, metrics = runtime.evaluate(test, model)
             return messages.answer(site.name, request.round, examples, metrics), b""
