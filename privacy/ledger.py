@@ -30,7 +30,7 @@ from umbel.privacy.accounting import (
     to_epsilon,
 )
 from umbel.privacy.entries import EVERY_CLIENT, Entry, Line, chain
-from umbel.privacy.ledger_file import FIRST, LedgerFile
+from umbel.privacy.ledger_file import FIRST, LedgerFile, described
 from umbel.privacy.mechanisms import Gaussian, Mechanism, Relation, Unit, dump, parse
 
 
@@ -121,6 +121,19 @@ class Ledger:
         self._last = 0
         self._shared = _Account()
         self._accounts: dict[str, _Account] = {}
+
+    @classmethod
+    def opened(cls, path: Path, delta: float) -> Ledger:
+        """The ledger that lies at ``path``, whatever it is of; without a budget.
+
+        Raises:
+            InputError: there is none.
+        """
+        about = described(path)
+        unit: Any = about.get("unit")
+        relation: Any = about.get("relation")
+        owner = about.get("owner", "")
+        return cls(path, owner=owner, unit=unit, relation=relation, delta=delta)
 
     def debit(self, entry: Entry) -> Spent:
         """Writes ``entry`` down, durably, before it returns.

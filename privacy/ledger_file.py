@@ -244,6 +244,24 @@ class LedgerFile:
             ) from error
 
 
+def described(path: Path) -> dict[str, str]:
+    """What the ledger at ``path`` is of: its owner, unit and relation.
+
+    Raises:
+        InputError: there is no ledger.
+    """
+    wrong = InputError("not a ledger", where=str(path), fix="name the file that Umbel wrote")
+    if not path.is_file():
+        raise wrong
+    engine = sa.create_engine(f"sqlite:///{path}", poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            query = sa.select(_about.c.name, _about.c.value)
+            return {row.name: row.value for row in connection.execute(query)}
+    except sa.exc.DatabaseError:
+        raise wrong from None
+
+
 def _prepare(raw: sa.engine.interfaces.DBAPIConnection) -> None:
     cursor = raw.cursor()
     try:
