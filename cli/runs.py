@@ -146,30 +146,43 @@ def compare(
 
 def export(
     run: RunArgument,
-    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Where to.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors|FOLDER", help="Where to.")],
     store: StoreOption = "runs",
+    merged: Annotated[
+        bool, typer.Option("--merged", help="FOLDER: the base model with the adapter merged in.")
+    ] = False,
     format: FormatOption = Format.text,
 ) -> None:
-    """Write a run's last committed model, for `load_state_dict`."""
+    """Write a run's last committed model: its tensors, or its adapter as a PEFT folder."""
     from umbel.server.store import RunStore
 
-    if file.suffix != ".safetensors":
-        raise InputError(
-            f"cannot write a '{file.suffix}' file", where=str(file), fix="name it *.safetensors"
-        )
     opened = RunStore(store)
-    entry = opened.get(run)
-    if not opened.export(entry.run_id, file):
+    if file.suffix == ".safetensors" and not merged:
+        entry = opened.get(run)
+        number = entry.rounds_done
+        if not opened.export(entry.run_id, file):
+            raise InputError(
+                f"run {entry.run_id} has no model: no round was committed",
+                where=f"run store {store}",
+                fix=f"umbel simulate --resume {entry.run_id} --store {store}",
+            )
+        size = file.stat().st_size
+    elif file.suffix:
         raise InputError(
-            f"run {entry.run_id} has no model: no round was committed",
-            where=f"run store {store}",
-            fix=f"umbel simulate --resume {entry.run_id} --store {store}",
+            f"cannot write a '{file.suffix}' file",
+            where=str(file),
+            fix="name a folder" if merged else "name it *.safetensors, or a folder for an adapter",
         )
-    if format is Format.json:
-        rounds, size = entry.rounds_done, file.stat().st_size
-        output.emit({"run_id": entry.run_id, "file": str(file), "round": rounds, "bytes": size})
     else:
-        print(f"{entry.run_id}: model after round {entry.rounds_done} written to {file}")
+        from umbel.simulations.export import export_adapter
+
+        entry = opened.get(run)
+        number = export_adapter(opened, entry.run_id, file, merged=merged)
+        size = sum(path.stat().st_size for path in file.rglob("*") if path.is_file())
+    if format is Format.json:
+        output.emit({"run_id": entry.run_id, "file": str(file), "round": number, "bytes": size})
+    else:
+        print(f"{entry.run_id}: model after round {number} written to {file}")
 
 
 def show_results(

@@ -1,6 +1,6 @@
-"""Torch's own optimizers: as objects for one client, and in place on the stacks of many.
+"""Optimizers: as objects for one client, and in place on the stacks of many.
 
-Both forms run the same code of torch, so that an update rule is never written down twice.
+Both forms run the same code, torch's where it has the rule, so that none is written down twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from umbel.client.update_rules import RULES, Elementwise
 from umbel.core.run_file import Client, Schedule
+
+BETAS = {
+    "adam": (0.9, 0.999, 0.0),
+    "adamw": (0.9, 0.999, 0.0),
+    "lion": (0.9, 0.99, 0.0),
+    "adan": (0.98, 0.92, 0.99),
+}
+"""The shares of moments that are kept where the run file does not say."""
 
 
 def learning_rate(section: Client, round_number: int, rounds: int) -> float:
@@ -51,18 +60,41 @@ def optimizer(section: Client, params: Iterable[Tensor], lr: float) -> torch.opt
             nesterov=section.nesterov,
             weight_decay=section.weight_decay,
         )
+    beta1, beta2, beta3 = betas(section)
+    if section.optimizer in RULES:
+        return Elementwise(
+            params,
+            section.optimizer,
+            lr,
+            (beta1, beta2, beta3),
+            section.eps,
+            section.weight_decay,
+        )
     kind = torch.optim.Adam if section.optimizer == "adam" else torch.optim.AdamW
     return kind(
         params,
         lr,
-        betas=(section.beta1, section.beta2),
+        betas=(beta1, beta2),
         eps=section.eps,
         weight_decay=section.weight_decay,
     )
 
 
+def betas(section: Client) -> tuple[float, float, float]:
+    """The shares of moments that are kept, with the optimizer's own defaults."""
+    given = (section.beta1, section.beta2, section.beta3)
+    first, second, third = BETAS[section.optimizer]
+    return (
+        first if given[0] is None else given[0],
+        second if given[1] is None else given[1],
+        third if given[2] is None else given[2],
+    )
+
+
 def slots(section: Client) -> int:
     """How many tensors the optimizer keeps for each parameter."""
+    if section.optimizer in RULES:
+        return RULES[section.optimizer][1]
     return 2 if section.optimizer != "sgd" else int(section.momentum > 0)
 
 
@@ -79,6 +111,8 @@ class Stacked:
         self._first: list[Tensor] = []
         self._second: list[Tensor] = []
         self._steps: list[Tensor] = []
+        self._kept: list[list[Tensor]] = []
+        self._taken = 0
 
     def step(self, params: list[Tensor], gradients: list[Tensor]) -> None:
         """One step of the first n clients, in place.
@@ -90,6 +124,8 @@ class Stacked:
         with torch.no_grad():
             if self._section.optimizer == "sgd":
                 self._sgd(params, gradients)
+            elif self._section.optimizer in RULES:
+                self._elementwise(params, gradients)
             else:
                 self._adam(params, gradients)
 
@@ -110,6 +146,21 @@ class Stacked:
         if not self._first:  # torch fills the list in the first step, if there is a momentum
             self._first = [m for m in momenta if m is not None]
 
+    def _elementwise(self, params: list[Tensor], gradients: list[Tensor]) -> None:
+        rule, kept = RULES[self._section.optimizer]
+        self._kept = self._kept or [[torch.zeros_like(p) for _ in range(kept)] for p in params]
+        self._taken += 1
+        rule(
+            params,
+            gradients,
+            [[t[: len(params[0])] for t in own] for own in self._kept],
+            self._taken,
+            lr=self._lr,
+            betas=betas(self._section),
+            eps=self._section.eps,
+            weight_decay=self._section.weight_decay,
+        )
+
     def _adam(self, params: list[Tensor], gradients: list[Tensor]) -> None:
         if not self._steps:
             self._first = [torch.zeros_like(p) for p in params]
@@ -125,8 +176,8 @@ class Stacked:
             [],
             self._steps,
             amsgrad=False,
-            beta1=self._section.beta1,
-            beta2=self._section.beta2,
+            beta1=betas(self._section)[0],
+            beta2=betas(self._section)[1],
             lr=self._lr,
             weight_decay=self._section.weight_decay,
             eps=self._section.eps,

@@ -12,6 +12,8 @@ from umbel.server.store import RunStore
 def located(run: RunFile) -> RunFile:
     """``run`` with the paths of the models that ``[task] init_from`` names.
 
+    A name stands for the newest run of that name in the store.
+
     Raises:
         InputError: neither a file, nor a folder with a model, nor a run of the store that has one.
     """
@@ -28,7 +30,9 @@ def _model(name: str, store: str) -> Path:
     if path.is_dir():
         path = path / "model.safetensors"
     elif not path.exists():
-        path = RunStore(store).model_path(name)
+        runs = RunStore(store)
+        named = [entry.run_id for entry in runs.list() if entry.name == name]
+        path = runs.model_path(named[0] if named else name)
     if not path.is_file():
         raise InputError(
             f"'{name}' has no model: {path} is missing",

@@ -17,7 +17,42 @@ OPTIMIZERS = [
     {"optimizer": "adam", "weight_decay": 0.1},
     {"optimizer": "adam", "beta1": 0.5, "beta2": 0.9, "eps": 1e-3},
     {"optimizer": "adamw", "weight_decay": 0.1},
+    {"optimizer": "lion", "weight_decay": 0.1},
+    {"optimizer": "adan", "weight_decay": 0.1, "beta3": 0.9},
 ]
+
+
+def paths(table, gradients, start):
+    """Where one parameter goes, step by step."""
+    p = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    made, found = optimizer(Client(lr=0.1, **table), [p], 0.1), []
+    for gradient in gradients:
+        p.grad = torch.tensor(gradient, dtype=torch.float64)
+        made.step()
+        found.append(p.item())
+    return found
+
+
+def test_lion_is_algorithm_2_of_the_paper():
+    # c = .9 m + .1 g: .1, then .9 * .02 - .1 * 3 = -.282; m = .8 m + .2 g
+    table = {"optimizer": "lion", "beta2": 0.98, "weight_decay": 0.5}
+    first = 2.0 - 0.1 * (1 + 0.5 * 2.0)
+    second = first - 0.1 * (-1 + 0.5 * first)
+    assert paths(table, [1.0, -3.0], 2.0) == pytest.approx([first, second])
+
+
+def test_adan_is_algorithm_1_of_the_paper_with_its_authors_correction():
+    table = {"optimizer": "adan", "beta1": 0.5, "beta2": 0.6, "beta3": 0.7, "weight_decay": 0.5}
+    x, m, v, n, last = 2.0, 0.0, 0.0, 0.0, None
+    expected = []
+    for k, g in enumerate([1.0, -3.0, 0.5], 1):
+        change = 0.0 if last is None else g - last
+        m, v = 0.5 * m + 0.5 * g, 0.6 * v + 0.4 * change
+        n, last = 0.7 * n + 0.3 * (g + 0.6 * change) ** 2, g
+        step = 0.1 / ((n / (1 - 0.7**k)) ** 0.5 + 1e-8)
+        x = (x - step * (m / (1 - 0.5**k) + 0.6 * v / (1 - 0.6**k))) / (1 + 0.1 * 0.5)
+        expected.append(x)
+    assert paths(table, [1.0, -3.0, 0.5], 2.0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("table", OPTIMIZERS, ids=str)
