@@ -115,6 +115,11 @@ def width(layer: nn.Module) -> int:
     return int(getattr(layer, "nf", 0)) if type(layer).__name__ == "Conv1D" else 0
 
 
+def transposed(module: nn.Module) -> bool:
+    """Whether the linear layers are GPT-2's, which hold their weights the other way round."""
+    return any(type(layer).__name__ == "Conv1D" for layer in module.modules())
+
+
 def freeze(module: nn.Module) -> None:
     """Leaves nothing of ``module`` trained."""
     for parameter in module.parameters():

@@ -32,6 +32,7 @@ def ia3(
         target_modules=chosen,
         feedforward_modules=inside,
         modules_to_save=frame.trained_too(module),
+        fan_in_fan_out=frame.transposed(module),
         task_type=frame.TASKS.get(frame.kind_of(module)) if frame.model_type(module) else None,
     )
     return frame.with_peft(module, config)

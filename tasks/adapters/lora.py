@@ -64,6 +64,7 @@ def low_rank(
             module, targets, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
         ),
         modules_to_save=frame.trained_too(module),
+        fan_in_fan_out=frame.transposed(module),
         task_type=frame.TASKS.get(frame.kind_of(module)) if frame.model_type(module) else None,
         use_dora=dora,
     )
