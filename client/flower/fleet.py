@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, TIMESTAMP_HEADER
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
 from flwr.proto.node_pb2 import Node
@@ -49,6 +49,7 @@ MEDIA = "application/protobuf"
 SMALL = 1 << 20
 """Bytes of a response that carries no object."""
 BEAT_SECONDS = 8.0
+"""Between two signs of life; without one for a minute, the server gives the site up for a round."""
 TAKE_SECONDS = 60.0
 """How long a message may take to arrive, beside the wait for one."""
 OBJECT_SECONDS = 60.0
@@ -149,7 +150,7 @@ class Fleet:
             LostError, DeniedError.
         """
         request = heartbeat_pb2.SendNodeHeartbeatRequest(
-            node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL
+            node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
         )
         reply = self._call(
             "send-node-heartbeat", request, heartbeat_pb2.SendNodeHeartbeatResponse, timeout=5.0

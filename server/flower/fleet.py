@@ -66,8 +66,17 @@ OPEN = frozenset(
 """What is reachable. Registering is the administrator's, in person."""
 
 HEALTH = "/health"
+STILL_MEMBER = 5.0
+"""Seconds after which a site that waits for a message must still be a member."""
 
 log = logging.getLogger("umbel.server")
+
+
+class Member(NamedTuple):
+    """Who has signed a request: a node, by its public key (PEM)."""
+
+    node: int
+    key: bytes
 
 
 class TakeRequest(Settings):
@@ -132,19 +141,19 @@ class Gate:
         declared = headers.get(b"content-length", b"")
         size = int(declared) if declared.isdigit() else None
         ours = scope["path"] in (TAKE, GIVE)
-        node = None
+        member = None
         if ours or size is None or size > SMALL:
-            node = await asyncio.to_thread(self._signer, headers)
-        room = SMALL if node is None else self._largest
+            member = await asyncio.to_thread(self._signer, headers)
+        room = SMALL if member is None else self._largest
         if size is not None and size > room:
             log.warning("a body of %d bytes was refused", size)
             await _answer(send, 413, b"too large")
         elif not ours:
             await self._flowers(scope, receive, send, room)
-        elif node is None:
+        elif member is None:
             await _answer(send, 401, b"not a member")
         else:
-            await self._ours(scope["path"], node, receive, send, room)
+            await self._ours(scope["path"], member, receive, send, room)
 
     async def _flowers(self, scope: Scope, receive: Receive, send: Send, room: int) -> None:
         """Flower answers, of a body that is cut off where it becomes too large."""
@@ -172,7 +181,9 @@ class Gate:
         if cut:
             await _answer(send, 413, b"too large")
 
-    async def _ours(self, path: str, node: int, receive: Receive, send: Send, room: int) -> None:
+    async def _ours(
+        self, path: str, member: Member, receive: Receive, send: Send, room: int
+    ) -> None:
         body = bytearray()
         while True:
             message = await receive()
@@ -186,10 +197,10 @@ class Gate:
                 break
         try:
             if path == GIVE:
-                await asyncio.to_thread(give, self._factory.state(), node, bytes(body))
+                await asyncio.to_thread(give, self._factory.state(), member.node, bytes(body))
                 answer = b""
             else:
-                answer = await self._taken(node, bytes(body))
+                answer = await self._taken(member, bytes(body))
         except WrongError as wrong:
             await _answer(send, wrong.status, str(wrong).encode())
         except Exception:
@@ -198,24 +209,30 @@ class Gate:
         else:
             await _answer(send, 200, answer)
 
-    async def _taken(self, node: int, body: bytes) -> bytes:
+    async def _taken(self, member: Member, body: bytes) -> bytes:
         """The next message, or an empty answer when the site has waited as long as it wants."""
         try:
             asked = TakeRequest.model_validate_json(body)
         except pydantic.ValidationError:
             raise WrongError(400, "malformed") from None
-        state = self._factory.state()
-        until = asyncio.get_running_loop().time() + min(asked.wait, LONGEST_WAIT)
+        clock = asyncio.get_running_loop().time
+        until = clock() + min(asked.wait, LONGEST_WAIT)
         have: Sequence[str] | None = asked.have
         while True:
-            found = await asyncio.to_thread(take, state, node, have)
-            left = until - asyncio.get_running_loop().time()
+            found = await asyncio.to_thread(self._next, member, have)
+            left = until - clock()
             if found is not None or left <= 0:
                 return found or b""
             have = None
-            await self._bell.wait(node, left)
+            await self._bell.wait(member.node, min(left, STILL_MEMBER))
 
-    def _signer(self, headers: dict[bytes, bytes]) -> int | None:
+    def _next(self, member: Member, have: Sequence[str] | None) -> bytes | None:
+        state = self._factory.state()
+        if state.get_node_id_by_public_key(member.key) != member.node:
+            raise WrongError(401, "not a member")  # shut out while it waited
+        return take(state, member.node, have)
+
+    def _signer(self, headers: dict[bytes, bytes]) -> Member | None:
         """The member who has signed the time that the request names, and that is now."""
         try:
             key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.encode()], validate=True)
@@ -232,7 +249,8 @@ class Gate:
             public.verify(signature, stamp, ec.ECDSA(hashes.SHA256()))
         except (KeyError, ValueError, TypeError, binascii.Error, InvalidSignature):
             return None
-        return self._factory.state().get_node_id_by_public_key(key)
+        node = self._factory.state().get_node_id_by_public_key(key)
+        return None if node is None else Member(node, key)
 
 
 def fleet_app(factory: LinkStateFactory, largest: int) -> Gate:
@@ -265,6 +283,7 @@ def fleet_server(factory: LinkStateFactory, door: Door) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,  # sites that wait for a message ask again
         limit_concurrency=2000,
         ws="none",
         lifespan="off",

@@ -21,7 +21,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.message import make_message
 from flwr.common.constant import (
-    HEARTBEAT_MIN_INTERVAL,
+    HEARTBEAT_DEFAULT_INTERVAL,
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     SUPERLINK_NODE_ID,
@@ -105,10 +105,10 @@ def register(database: Path, public_key: bytes, name: str) -> int:
     if known is not None:
         raise ValueError("this key is in use")
     node_id = state.create_node(
-        NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, HEARTBEAT_MIN_INTERVAL, name=name
+        NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, HEARTBEAT_DEFAULT_INTERVAL, name=name
     )
     # Known from the start: a site says that it is there by heartbeats alone, also after a crash.
-    state.activate_node(node_id, HEARTBEAT_MIN_INTERVAL)
+    state.activate_node(node_id, HEARTBEAT_DEFAULT_INTERVAL)
     state.deactivate_node(node_id)
     return node_id
 

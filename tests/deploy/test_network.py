@@ -1,0 +1,225 @@
+"""A federation as it is deployed: real processes, real TLS, killed and restarted."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+import safetensors.torch
+import torch
+from sklearn.datasets import load_breast_cancer
+
+from umbel.core import audit_log
+from umbel.core.run_file import RunFile, resolve
+from umbel.deploy.jobs import Job
+from umbel.deploy.loopback import Site
+from umbel.deploy.network import SERVER, Network
+from umbel.server.store import RunStore
+from umbel.simulations.simulate import simulate
+
+pytestmark = [
+    pytest.mark.flower,
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc"),
+]
+
+SITES = ("aarhus", "basel")
+
+
+def save(path: Path, names: tuple[str, ...]) -> None:
+    """The patients of these hospitals alone, the last 40 of each as its test part."""
+    x, y = load_breast_cancer(return_X_y=True)
+    x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
+    order = np.argsort(x[:, 0])
+    held = {"aarhus": order[:300:2], "basel": order[250:550]}
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for part, rows in (("", slice(None, -40)), ("_test", slice(-40, None))):
+        index = [held[name][rows] for name in names]
+        pooled = np.concatenate(index)
+        owner = np.repeat(names, [len(i) for i in index])
+        arrays |= {f"x{part}": x[pooled], f"y{part}": y[pooled], f"client{part}": owner}
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def run_file(rounds: int, **changes: dict[str, Any]) -> RunFile:
+    table: dict[str, Any] = {
+        "run": {"name": "two", "rounds": rounds},
+        "data": {"name": "npz", "classes": 2},
+        "task": {"kind": "classification", "model": "logistic"},
+        "client": {"lr": 0.05, "device": "cpu"},
+        "strategy": {"name": "fedavgm", "momentum": 0.5},
+        "evaluate": {"every": 0},
+    }
+    for section, keys in changes.items():
+        table[section] = {**table.get(section, {}), **keys}
+    return resolve(table)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    folder = tmp_path_factory.mktemp("network")
+    sites = []
+    for name in SITES:
+        save(folder / f"{name}.npz", (name,))
+        sites.append(Site(name, folder / f"{name}.npz"))
+    save(folder / "all.npz", SITES)
+    with Network(folder, sites) as network:
+        yield network
+
+
+def stored(network: Network, job: Job) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    store = RunStore(network.server.store)
+    history = store.history(job.run_id)
+    model = safetensors.torch.load_file(store.model_path(job.run_id))
+    store.close()
+    return model, history
+
+
+def simulated(network: Network, rounds: int) -> dict[str, torch.Tensor]:
+    run = {"store": str(network.folder / "simulated")}
+    data = {"path": str(network.folder / "all.npz")}
+    outcome = simulate(run_file(rounds, run=run, data=data), engine="sequential")
+    assert outcome.model is not None
+    return safetensors.torch.load_file(outcome.model)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name])
+
+
+def test_a_deployed_run_makes_the_model_of_the_simulation(network: Network) -> None:
+    job = network.finish(network.submit(run_file(3)))
+    assert (job.state, job.round, job.error) == ("finished", 3, "")
+    model, history = stored(network, job)
+    assert [sorted(r.participants) for r in history] == [list(SITES)] * 3
+    same(model, simulated(network, 3))
+    for name, site in network.sites.items():
+        accepted = [e for e in audit_log.read(site.audit_file) if e.get("job") == job.id]
+        assert [e["event"] for e in accepted] == ["accepted"] * len(accepted)
+        assert [e["round"] for e in accepted if e["kind"] == "train"] == ["1", "2", "3"]
+        assert "ready" in network.log(name)
+        assert not list((site.state / "inbox").iterdir())
+    events = [e["event"] for e in audit_log.read(network.server.audit_file)]
+    assert events[-2:] == ["run begins", "run finished"]
+
+
+def test_a_policy_refuses_by_name_and_the_run_says_so(network: Network) -> None:
+    site = network.sites["basel"]
+    before = site.policy_file.read_text()
+    site.policy_file.write_text(before.replace("[allow]", '[allow]\nstrategies = ["fedprox"]'))
+    try:
+        job = network.submit(run_file(1))
+        network.wait_for(lambda: "basel: refused" in network.log(SERVER), "the refusal")
+        network.umbel("stop", job.id, "--folder", SERVER)
+        assert network.finish(job).state == "stopped"
+    finally:
+        site.policy_file.write_text(before)
+    refusals = [e for e in audit_log.read(site.audit_file) if e["event"] == "refused"]
+    assert {e["rule"] for e in refusals} == {"strategies"}
+    said = [e for e in audit_log.read(network.server.audit_file) if e["event"] == "reply"]
+    assert said
+    assert all(e["site"] == "basel" and "(strategies)" in e["text"] for e in said)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def test_the_door_opens_to_the_fleet_alone(network: Network) -> None:
+    context = ssl.create_default_context(cafile=str(network.server.authority))
+    with httpx.Client(base_url=f"https://{network.address}", verify=context) as client:
+        assert client.get("/health").status_code == 200
+        for path in (
+            "/v1/control/start-run",
+            "/v1/control/list-runs",
+            "/v1/runtime/acquire-task",
+            "/v1/runtime/push-messages",
+            "/v1/fleet/register-node",
+            "/v1/fleet/unregister-node",
+            "/v1/fleet/../control/start-run",
+            "/docs",
+            "/openapi.json",
+            "/",
+        ):
+            for method in ("GET", "POST"):
+                assert client.request(method, path).status_code == 404, path
+        for path in ("pull-messages", "take", "give", "send-node-heartbeat"):
+            kind = {"content-type": "application/protobuf"}
+            answer = client.post(f"/v1/fleet/{path}", content=b"", headers=kind)
+            assert answer.status_code == 401, path
+
+
+def flood(line: ssl.SSLSocket) -> bytes:
+    """Sends 300 MB until somebody answers; what they say, or nothing if they hang up."""
+    piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    line.settimeout(0.05)
+    for _ in range(300 * 2**20 // 0x10000):
+        with suppress(TimeoutError, ssl.SSLWantReadError):
+            try:
+                line.sendall(piece)
+                return line.recv(100)
+            except (BrokenPipeError, ConnectionResetError, ssl.SSLError):
+                return b""
+    raise AssertionError("300 MB were read")
+
+
+def test_300_mb_without_a_key_are_refused_unread(network: Network) -> None:
+    host, _, port = network.address.rpartition(":")
+    context = ssl.create_default_context(cafile=str(network.server.authority))
+    before = resident(network.pid(SERVER))
+    for path in ("push-object", "give", "pull-messages"):
+        for head in (f"content-length: {300 * 2**20}", "transfer-encoding: chunked"):
+            with (
+                socket.create_connection((host, int(port)), timeout=60) as raw,
+                context.wrap_socket(raw, server_hostname=host) as line,
+            ):
+                request = f"POST /v1/fleet/{path} HTTP/1.1\r\nhost: {host}\r\n{head}\r\n"
+                line.sendall(f"{request}content-type: application/protobuf\r\n\r\n".encode())
+                assert flood(line)[:12] in (b"HTTP/1.1 413", b"HTTP/1.1 401", b"")
+    assert resident(network.pid(SERVER)) - before < 16 * 2**20
+
+
+def test_whoever_is_killed_comes_back_and_no_round_is_lost(network: Network) -> None:
+    job = network.submit(run_file(16))
+    network.wait_for(lambda: network.job(job).round >= 2, "the second round")
+    network.kill("aarhus")
+    network.start("aarhus")
+    reached = network.job(job).round
+    network.wait_for(lambda: network.job(job).round > reached + 1, "the site that was killed")
+    network.umbel("pause", job.id, "--folder", SERVER)
+    network.wait_for(lambda: network.job(job).state in ("paused", "finished"), "the pause")
+    if network.job(job).state == "paused":  # a fast machine may have been done before
+        network.umbel("resume", job.id, "--folder", SERVER)
+        paused = network.job(job).round
+        network.wait_for(lambda: network.job(job).round > paused, "the run to go on")
+    network.kill(SERVER)
+    network.start(SERVER)
+    done = network.finish(job)
+    assert (done.state, done.round) == ("finished", 16)
+    model, history = stored(network, done)
+    assert [r.round for r in history] == list(range(1, 17))
+    absent = [f for r in history for f in r.failures]
+    if not absent:  # on a very slow machine, a site that starts again may miss a round
+        same(model, simulated(network, 16))
+    network.umbel("site", "audit-log", "verify", "--folder", "aarhus")
+    network.umbel("server", "audit-log", "verify", "--folder", SERVER)
+
+
+def test_a_revoked_site_fails_on_its_next_request(network: Network) -> None:
+    network.umbel("server", "revoke", "basel", "--folder", SERVER)
+    network.wait_for(lambda: "does not know this site" in network.log("basel"), "the refusal")
+    state = network.umbel("server", "status", "--folder", SERVER)
+    assert state["running"]
+    assert state["sites"].keys() == {"aarhus"}
