@@ -1,8 +1,8 @@
 """A site's own account of its patients' privacy: written before it trains, whatever a server says.
 
-One ledger for each data set that the site names, and unit of privacy, over all runs and servers. The
-budget and the delta are the site's own. A record in two of its data sets is protected by the sum of
-both budgets.
+One ledger for each data set that the site names, and unit of privacy, over all runs and servers.
+The budget and the delta are the site's own. A record in two of its data sets is protected by the
+sum of both budgets.
 """
 
 from __future__ import annotations
