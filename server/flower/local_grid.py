@@ -30,6 +30,8 @@ from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.date import now
 from flwr.supercore.run import Run
 
+from umbel.server.flower.quick_records import quicken
+
 log = logging.getLogger("flwr")
 
 UNAVAILABLE = "the message has expired, was answered before, or was never sent"
@@ -272,6 +274,8 @@ class LocalGrid(Grid):
             log.error("node %d sent what is no reply to its message", asked.dst_node_id)
             return _error(sent, ErrorCode.UNKNOWN, "not a reply to the message")
         reply.metadata.delivered_at = now().isoformat()
+        if reply.has_content():
+            quicken(reply.content)
         return reply
 
     def _until_one_expires(self, ids: Iterable[str]) -> float:
