@@ -23,6 +23,8 @@ def lora(module: Any, find: Finder) -> Layer:
     """
     if module.lora_variant or module.merged or module.disable_adapters:
         raise Obstacle("an adapter that is merged, disabled or a variant of LoRA")
+    if module._forward_hooks:  # a residual, which is zero while the gradients are compared
+        raise Obstacle("a LoRA with hooks")
     if type(module.base_layer) is not nn.Linear:
         raise Obstacle(f"LoRA around a {type(module.base_layer).__name__}")
     base = PLAIN[nn.Linear](module.base_layer, find)
