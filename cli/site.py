@@ -16,6 +16,7 @@ policy = typer.Typer(help="What this site allows.")
 app.add_typer(policy, name="policy")
 audit_log = typer.Typer(help="What this site was asked, and what it decided.")
 app.add_typer(audit_log, name="audit-log")
+app.command("ledger")(site_ledger.ledger)
 
 FolderOption: TypeAlias = Annotated[
     Path, typer.Option("--folder", metavar="DIR", help="The site's folder.")

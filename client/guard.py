@@ -18,10 +18,14 @@ from umbel.client.policy import Policy, PolicyError, check_round, check_run, rea
 from umbel.core import messages, seal
 from umbel.core.audit_log import AuditLog, read
 from umbel.core.errors import InputError
-from umbel.core.messages import EVALUATE, HELLO, MANIFEST, Problem
+from umbel.core.messages import HELLO, MANIFEST, SECURE_STAGES, TRAIN, Problem
 from umbel.core.seal import SEAL, BrokenSealError, Records, Seal
 
 ACCEPTED, REFUSED = "accepted", "refused"
+
+COUNTED = (TRAIN, f"{TRAIN}.{SECURE_STAGES[0]}")
+"""Requests that begin a round of training: the policy bounds how few sites may be asked. In later
+stages of a secure sum sites may be missing; how many, its own protocol bounds by the same rule."""
 
 
 class Accepted(NamedTuple):
@@ -171,7 +175,7 @@ class Guard:
             opened.asked,
             self._rounds[opened.job, opened.group, opened.kind],
             self._local_time(),
-            trains=opened.kind not in (HELLO, EVALUATE),
+            trains=opened.kind in COUNTED,
         )
         return policy
 

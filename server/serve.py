@@ -14,6 +14,7 @@ from umbel.datasets.federated import Info
 from umbel.server.conduct import conduct
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
+from umbel.server.resume import same_run
 from umbel.server.store import RunStore
 from umbel.strategies.build import build_strategy
 from umbel.tasks.build import build_task, initial_module, model_of
@@ -47,6 +48,7 @@ def serve(
     Returns:
         the run's id in the store.
     Raises:
+        InputError: the stored run has another configuration.
         RefusedError: the run simulates an attack.
         UmbelError: what ended the run; its committed rounds stay in the store.
     """
@@ -64,7 +66,9 @@ def serve(
     if resume is None:
         run_id = store.create(run, engine=engine, text=text)
     else:
-        run_id = store.get(resume).run_id
+        entry = store.get(resume)
+        run_id = entry.run_id
+        same_run(run, entry.run, run_id)
         store.reopen(run_id)
     on_start(run_id)
     status = conduct(

@@ -21,6 +21,7 @@ from umbel.server.conduct import conduct, never
 from umbel.server.entries import RunEntry
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
+from umbel.server.resume import same_run
 from umbel.server.stopping import Until
 from umbel.server.store import RunStore
 from umbel.simulations.attacks.build import besiege
@@ -116,7 +117,7 @@ def simulate(
     base = base_hash(prepared.module)
     if resume is not None:
         resume = entry.run_id
-        _same_run(run, entry.run, resume)
+        same_run(run, entry.run, resume)
         _same_base(base, entry)
         run = _as_it_computed(run, entry)
     siege = besiege(run, prepared.data, prepared.task, prepared.strategy)
@@ -193,30 +194,6 @@ def client_states(run: RunFile, strategy: Strategy, folder: Path) -> ClientState
         return None
     limit = int(run.client.state_gib * GIB)
     return ClientStates(folder / "clients.db", run.strategy.name, limit=limit)
-
-
-def _same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
-    """Refuses to go on with another configuration; ``rounds`` and how it is run may differ."""
-    left, right = given.model_dump(mode="json"), stored.model_dump(mode="json")
-    for table in (left, right):
-        for key in ("store", "checkpoint_seconds", "processes", "engine_plan", "ray_address"):
-            table["run"].pop(key)
-    growing = left["run"].pop("rounds") != right["run"].pop("rounds")
-    if growing and given.client.model_dump()["schedule"] != "constant":
-        raise InputError(
-            "rounds differ from the stored run, and the learning rate schedule depends on them",
-            where=f"--resume {run_id}",
-            fix=f"set rounds = {stored.run.rounds}",
-        )
-    for section, table in left.items():
-        for key, value in table.items():
-            if value != right[section].get(key):
-                raise InputError(
-                    f"{key} = {value!r} in [{section}], and the stored run has "
-                    f"{right[section].get(key)!r}",
-                    where=f"--resume {run_id}",
-                    fix="resume with the stored configuration (leave the run file out)",
-                )
 
 
 def _same_base(base: str | None, entry: RunEntry) -> None:
