@@ -52,7 +52,7 @@ WRONG = {
         "metrics = 'accuracy': must be a list of text; write metrics = ['accuracy']"
     ),
     '[evaluate]\nmetrics = ["accuracy", 1]': "metrics[1] = 1: must be text",
-    '[privacy]\nunit = "client"': "unit = 'client': must be 'none' in this version",
+    '[privacy]\nunit = "client"': "unit = 'client' needs a budget or a noise; set epsilon = 3.0",
     "[secure_aggregation]\nbits = 8": "bits = 8: must be a whole number at least 16 and at most 32",
     '[attack]\nkind = "nan"': "[attack]: one of count and fraction says how many are hostile; "
     "set count = 1",
