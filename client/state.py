@@ -34,8 +34,8 @@ WAIT = 120.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS own (
     client TEXT NOT NULL, round INTEGER NOT NULL, tensors BLOB NOT NULL,
-    PRIMARY KEY (client, round)
-) WITHOUT ROWID;
+    UNIQUE (client, round)
+);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 

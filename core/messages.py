@@ -27,17 +27,31 @@ HELLO, TRAIN, EVALUATE = "query.hello", "train", "evaluate"
 # The records of a message, and the one value that each holds.
 MANIFEST, MODEL = "manifest", "model"
 
+# Secure aggregation: its record, which also says what the round is about, and its message types,
+# ``train.…`` and ``evaluate.…``, by what the server waits for.
+SECURE = "secure"
+SECURE_STAGES = (
+    "secure_adverts",
+    "secure_reveals",
+    "secure_shares",
+    "secure_masked",
+    "secure_consents",
+    "secure_unmask",
+)
+
 # Errors of a deployment's own transport, beside Flower's codes.
 BROKEN_SEAL, OTHER_NAME = 100, 101
 
 PROBLEMS = {
     "policy": "does not allow what the run asks for",
+    "state": "has no place for what the strategy has clients keep",
     "request": "cannot read the request; is it the same version of Umbel?",
     "data": "cannot read its data",
     "client": "is not the client that the request names",
     "task": "cannot build the task",
     "model": "was sent a model that is not the task's",
     "budget": "does not pay for that out of its privacy budget",
+    "secure": "cannot take part in secure aggregation",
     "training": "failed in training",
     "evaluation": "failed in evaluation",
 }
@@ -51,11 +65,13 @@ class Request(NamedTuple):
         run: the run file; a site puts its own ``[data] path`` in the place of the server's.
         round: 0 for the greeting.
         client: whom it is for; empty in the greeting.
+        run_id: under which it keeps what it keeps from round to round.
     """
 
     run: RunFile
     round: int
     client: str
+    run_id: str = ""
 
 
 class _Reply(Settings):
@@ -97,7 +113,17 @@ class Problem(Settings):
     """A client's answer when it cannot give another: a code, and an exception's class name."""
 
     error: Literal[
-        "policy", "request", "data", "client", "task", "model", "budget", "training", "evaluation"
+        "policy",
+        "state",
+        "request",
+        "data",
+        "client",
+        "task",
+        "model",
+        "budget",
+        "secure",
+        "training",
+        "evaluation",
     ]
     exception: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 
@@ -139,9 +165,19 @@ def write_run(run: RunFile) -> dict[str, Any]:
     return run.model_dump(mode="json", exclude={"run": {"store"}})
 
 
-def write_request(tables: Mapping[str, Any], round_number: int, client: str) -> str:
+def write_request(
+    tables: Mapping[str, Any], round_number: int, client: str, run_id: str = ""
+) -> str:
     """A request; ``tables`` are :func:`write_run`'s."""
-    return _json({"version": VERSION, "run": tables, "round": round_number, "client": client})
+    return _json(
+        {
+            "version": VERSION,
+            "run": tables,
+            "round": round_number,
+            "client": client,
+            "run_id": run_id,
+        }
+    )
 
 
 def read_request(text: object) -> Request:
@@ -158,7 +194,8 @@ def read_request(text: object) -> Request:
             fix="run the same version of Umbel on the server and at the sites",
         )
     run = run_file.resolve(table.get("run") or {}, "server's message")
-    return Request(run, int(table["round"]), str(table["client"]))
+    run_id = str(table.get("run_id", ""))
+    return Request(run, int(table["round"]), str(table["client"]), run_id)
 
 
 def write_reply(reply: Hello | Answer | Problem) -> str:

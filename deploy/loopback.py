@@ -207,6 +207,7 @@ class Loopback:
             config = f"client={json.dumps(site.client)}"
             if site.data is not None:
                 config += f" data={json.dumps(str(site.data.absolute()))}"
+            config += f" state={json.dumps(str(self._folder / 'state' / site.client))}"
             self._spawn(
                 site.client,
                 "flower-supernode",

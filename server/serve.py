@@ -78,7 +78,7 @@ def serve(
         strategy,
         federation,
         Model(map_tree(torch.clone, params), map_tree(torch.clone, buffers)),
-        evaluation(run, federation, task, module, None, "cpu"),
+        evaluation(run, federation, task, module, None, "cpu", strategy, run_id),
         on_round,
         commit_seconds=0.0,  # people's machines have worked for it
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from umbel.client.flower.secure_app import register
 from umbel.core import messages
 from umbel.core.errors import InputError
 from umbel.core.messages import Answer, Hello, Request
 from umbel.core.run_file import RunFile
 
 if TYPE_CHECKING:  # a greeting is answered without loading torch: each takes a process of its own
+    from umbel.client.state import ClientStates
     from umbel.client.training import ClientRuntime
     from umbel.core.payloads import Updates
-    from umbel.core.trees import Model
+    from umbel.core.trees import Model, Tree
     from umbel.datasets.federated import Arrays, FederatedData
 
 log = logging.getLogger("umbel.client")
@@ -79,8 +81,9 @@ def hello(message: Message, context: Context) -> Message:
             info = asdict(site.data.info)
             reply = Hello(
                 client=site.name,
-                examples=_rows(site.train()),
-                test_examples=_rows(test) if test is not None else 0,
+                # Under secure aggregation nobody's counts are shown: whether, not how many.
+                examples=_shown(request.run, _rows(site.train())),
+                test_examples=_shown(request.run, _rows(test)) if test is not None else 0,
                 info=json.loads(json.dumps(info)),
                 versions={n: _version(n) for n in ("umbel", "flwr", "torch", "numpy")},
             )
@@ -108,11 +111,36 @@ def train(message: Message, context: Context) -> Message:
 def _trained(request: Request, context: Context, message: Message) -> tuple[Site, Updates]:
     """What the client learns in the round."""
     site = _site(request.run, context, request.client)
-    runtime, model = _runtime(site, request, message, seeded="client" not in context.node_config)
+    simulated = "client" not in context.node_config
+    runtime, model, shared = _runtime(site, request, message, seeded=simulated)
     if "client" in context.node_config:  # people's data; in a simulation a node is a place
         _pay(site, runtime, request, context)
+    store, kept = _kept(request, context, runtime, site)
     with _stage("training"):
-        return site, runtime.train(request.round, site.name, site.train(), model)
+        learned = runtime.learn(request.round, site.name, site.train(), model, shared, kept)
+    if store is not None:
+        from umbel.client.own import is_finite
+
+        with _stage("state"):
+            if is_finite(learned.kept):
+                store.put(request.round, {site.name: learned.kept})
+            store.close()
+    return site, learned.updates
+
+
+def _kept(
+    request: Request, context: Context, runtime: ClientRuntime, site: Site
+) -> tuple[ClientStates | None, Tree | None]:
+    """Where the client keeps what it keeps, and what it has of it before the round."""
+    if not runtime.rule.keeps:
+        return None, None
+    with _stage("state"):
+        from umbel.client.flower.kept import states
+
+        store = states(request, context)
+        if "client" in context.node_config:  # a server of sites commits every round
+            store.settle(request.round - 1)
+        return store, store.get(request.round, [site.name])[0]
 
 
 @app.evaluate()
@@ -126,7 +154,7 @@ def evaluate(message: Message, context: Context) -> Message:
         if test is None:
             return messages.answer(site.name, request.round, 0, {}), b""
         seeded = "client" not in context.node_config  # the very runtime that trains
-        runtime, model = _runtime(site, request, message, seeded)
+        runtime, model, _ = _runtime(site, request, message, seeded)
         with _stage("evaluation"):
             examples, metrics = runtime.evaluate(test, model)
             return messages.answer(site.name, request.round, examples, metrics), b""
@@ -234,24 +262,26 @@ def _pay(site: Site, runtime: ClientRuntime, request: Request, context: Context)
 
 def _runtime(
     site: Site, request: Request, message: Message, seeded: bool = False
-) -> tuple[ClientRuntime, Model]:
-    """What trains and evaluates, and the model that the server sent."""
+) -> tuple[ClientRuntime, Model, Mapping[str, Tree]]:
+    """What trains and evaluates, the model that the server sent, and what it sent besides."""
     from umbel.core.payloads import unpack
-    from umbel.core.trees import Model
+    from umbel.core.trees import Model, unflatten
 
     with _stage("task"):
         tables = json.dumps(messages.write_run(request.run), sort_keys=True)
-        runtime, own = _build(tables, json.dumps(asdict(site.data.info)), seeded)
+        runtime, own, shared = _build(tables, json.dumps(asdict(site.data.info)), seeded)
     with _stage("model"):
         document = message.content[messages.MODEL][messages.MODEL]
         if not isinstance(document, bytes):
             raise InputError("no tensors", where="server's message")
         sent, _ = unpack(document, "server's message")
-        for name, tensor in own.tensors().items():
+        besides = shared if any("/" in name for name in sent) else {}  # not for an evaluation
+        for name, tensor in {**own.tensors(), **besides}.items():
             if sent[name].shape != tensor.shape or sent[name].dtype != tensor.dtype:
                 raise InputError(f"'{name}' differs from the task's", where="server's message")
         params = {name: sent[name] for name in own.params}
-        return runtime, Model(params, {name: sent[name] for name in own.buffers})
+        extra = unflatten({name: sent[name] for name in besides})
+        return runtime, Model(params, {name: sent[name] for name in own.buffers}), extra
 
 
 # A process that lives for more than one message, as in a simulation, reads and builds once.
@@ -266,9 +296,10 @@ def _load(section: str, seed: int) -> FederatedData:
 
 
 @functools.lru_cache(maxsize=1)
-def _build(tables: str, info: str, seeded: bool) -> tuple[ClientRuntime, Model]:
+def _build(tables: str, info: str, seeded: bool) -> tuple[ClientRuntime, Model, Tree]:
     from umbel.client.training import ClientRuntime
     from umbel.core import run_file
+    from umbel.core.trees import flatten
     from umbel.datasets.federated import Info
     from umbel.privacy.sources import seeded_sources
     from umbel.strategies.build import build_strategy
@@ -277,10 +308,17 @@ def _build(tables: str, info: str, seeded: bool) -> tuple[ClientRuntime, Model]:
     run = run_file.resolve(json.loads(tables))
     fields = json.loads(info)
     task = build_task(run.task, Info(**{**fields, "input_shape": tuple(fields["input_shape"])}))
-    rule = build_strategy(run.strategy).client
+    strategy = build_strategy(run.strategy)
     sources = seeded_sources(run.run.seed) if seeded else None  # at a site never
-    own = model_of(initial_module(task, run.run.seed))
-    return ClientRuntime(run, task, rule, sources), own
+    own = strategy.travelling(model_of(initial_module(task, run.run.seed)))
+    shared: Tree = {}
+    if strategy.broadcast is not None:
+        shared = flatten(strategy.broadcast(own.params, strategy.init(own.params)))
+    return ClientRuntime(run, task, strategy.client, sources), own, shared
+
+
+def _shown(run: RunFile, count: int) -> int:
+    return min(count, 1) if run.secure_aggregation.enabled else count
 
 
 def _rows(arrays: Arrays) -> int:
@@ -292,3 +330,38 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+class _Parts:
+    """What the stages of secure aggregation have from here."""
+
+    answer = staticmethod(_answer)
+    stage = staticmethod(_stage)
+
+    def trained(
+        self, request: Request, context: Context, message: Message
+    ) -> tuple[Updates, frozenset[str]]:
+        """What the client learns in the round, and which of its tensors are buffers."""
+        site, updates = _trained(request, context, message)
+        model = _runtime(site, request, message, "client" not in context.node_config)[1]
+        return updates, frozenset(model.buffers)
+
+    def tested(
+        self, request: Request, context: Context, message: Message
+    ) -> tuple[int, dict[str, float]]:
+        """How many test examples the client has, and the model's figures on them."""
+        site = _site(request.run, context, request.client)
+        with _stage("data"):
+            test = site.test()
+        if test is None:
+            return 0, {}
+        found = _runtime(site, request, message, "client" not in context.node_config)
+        with _stage("evaluation"):
+            return found[0].evaluate(test, found[1])
+
+    def names(self, run: RunFile, context: Context) -> list[str]:
+        """The clients of a simulation."""
+        return list(_load(run.data.model_dump_json(), run.run.seed).names)
+
+
+register(app, _Parts())

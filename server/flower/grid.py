@@ -114,9 +114,9 @@ class GridFederation:
 
         Who has not answered at the deadline is a failure, and what it sends later is never read.
         """
-        document = pack(plan.model.tensors())
-        limit = len(document) + SLACK
-        for client, reply in self._ask(TRAIN, plan.round, plan.clients, document, plan.deadline):
+        document = pack({**plan.model.tensors(), **plan.shared})
+        limit = sum(t.numel() * t.element_size() for t in plan.expected().values()) + SLACK
+        for client, reply in self._ask(TRAIN, plan, plan.clients, document):
             if isinstance(reply, Failure):
                 yield reply
                 continue
@@ -141,7 +141,7 @@ class GridFederation:
         """Asks those of the plan's clients that have a test part, as :meth:`train` does."""
         tested = [c for c in plan.clients if self._hellos[c].test_examples]
         document = pack(plan.model.tensors())
-        for client, reply in self._ask(EVALUATE, plan.round, tested, document, plan.deadline):
+        for client, reply in self._ask(EVALUATE, plan, tested, document):
             if isinstance(reply, Failure):
                 yield reply
             elif (held := self._hellos[client].test_examples) != reply[0].examples:
@@ -149,6 +149,10 @@ class GridFederation:
                 yield Failure(client, f"evaluated on {said:g} examples, declared {held}")
             else:
                 yield Evaluation(client, held, reply[0].means())
+
+    def tested(self, clients: Sequence[str]) -> list[str]:
+        """Those of ``clients`` that have a test part."""
+        return [c for c in clients if self._hellos[c].test_examples]
 
     def plan_record(self) -> Mapping[str, Any]:
         """Nothing was chosen."""
@@ -161,13 +165,13 @@ class GridFederation:
     def _ask(
         self,
         kind: str,
-        round_number: int,
+        plan: TrainPlan | EvaluatePlan,
         clients: Sequence[str],
         document: bytes,
-        deadline: float | None,
     ) -> Iterator[tuple[str, tuple[Answer, bytes] | Failure]]:
         record = {MODEL: ConfigRecord({MODEL: document})}
-        return self.ask(kind, round_number, dict.fromkeys(clients, record), deadline)
+        contents = dict.fromkeys(clients, record)
+        return self.ask(kind, plan.round, contents, plan.deadline, plan.run_id)
 
     def ask(
         self,
@@ -175,6 +179,7 @@ class GridFederation:
         round_number: int,
         contents: Mapping[str, Mapping[str, ConfigRecord]],
         deadline: float | None,
+        run_id: str = "",
     ) -> Iterator[tuple[str, tuple[Answer, bytes] | Failure]]:
         """Asks each client of ``contents`` with its records; what each answers, as it comes.
 
@@ -183,10 +188,11 @@ class GridFederation:
             round_number: 1 … rounds.
             contents: client -> records beside the manifest.
             deadline: seconds; ``None`` waits.
+            run_id: under which clients keep what they keep from round to round.
         """
         requests = {
             client: self._message(
-                kind, self._nodes[client], round_number, client, records, deadline
+                kind, self._nodes[client], round_number, client, records, deadline, run_id
             )
             for client, records in contents.items()
         }
@@ -212,10 +218,11 @@ class GridFederation:
         client: str,
         records: Mapping[str, ConfigRecord],
         deadline: float | None,
+        run_id: str = "",
     ) -> Message:
         # Two records: Flower stores what is equal once, and the model is equal for all clients.
         # The time to live keeps a late client from working through the rounds that it missed.
-        request = messages.write_request(self._tables, round_number, client)
+        request = messages.write_request(self._tables, round_number, client, run_id)
         content = RecordDict({MANIFEST: ConfigRecord({MANIFEST: request}), **records})
         return Message(content, node, kind, ttl=deadline, group_id=str(round_number))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.datasets.federated import FederatedData
+from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import ClientRule
 from umbel.tasks.task import Task
 
@@ -29,15 +31,23 @@ def flower(
     """
     announce("starting Flower's simulation: some ten seconds until the first round")
     from umbel.client.flower.app import app
+    from umbel.client.flower.kept import FOLDER
     from umbel.server.flower.app import simulation
     from umbel.server.flower.grid import GridFederation
+    from umbel.server.store import RunStore
 
     if run.data.path is not None:  # workers need not share this process's working directory
         section = run.data.model_copy(update={"path": str(Path(run.data.path).absolute())})
         run = run.model_copy(update={"data": section})
+    os.environ[FOLDER] = str(RunStore(run.run.store).folder.absolute())  # workers inherit it
     grid, alive, end = simulation(app, len(data.names))
     try:
-        return GridFederation(grid, run, sites=len(data.names), alive=alive, end=end)
+        federation = GridFederation(grid, run, sites=len(data.names), alive=alive, end=end)
+        if not run.secure_aggregation.enabled:
+            return federation
+        from umbel.server.flower.secure_grid import SecureGrid
+
+        return SecureGrid(federation, run, build_strategy(run.strategy), None)
     except BaseException:
         end()
         raise

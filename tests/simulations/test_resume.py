@@ -86,6 +86,19 @@ def table(store: Path, checkpoint_seconds: float = 0.0) -> dict[str, object]:
     }
 
 
+def with_state(store: Path) -> dict[str, object]:
+    """The same with a strategy whose clients keep variates, in two workers."""
+    whole = table(store)
+    run = whole["run"]
+    assert isinstance(run, dict)
+    return {
+        **whole,
+        "run": {**run, "processes": 2, "engine_plan": "stacked:chunk=1"},
+        "client": {"lr": 0.1},
+        "strategy": {"name": "scaffold", "cohort": 3},
+    }
+
+
 def toml(run: RunFile) -> str:
     lines = []
     for section, keys in run.model_dump(mode="json").items():
@@ -165,6 +178,33 @@ def test_killed_at_any_phase_it_ends_with_the_same_model(
     assert outcome.model is not None
     assert tensors(Path(outcome.model)) == model
     assert same_rounds(list(outcome.history), rounds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "moment", "nth"),
+    [
+        ("umbel.server.rounds:step", "before", 3),
+        ("umbel.client.state:ClientStates.settle", "after", 3),
+        ("umbel.server.journal:enter", "before", 3),
+    ],
+)
+def test_clients_state_is_that_of_an_undisturbed_run(
+    target: str, moment: str, nth: int, tmp_path: Path
+) -> None:
+    calm = simulate(resolve(with_state(tmp_path / "calm")))
+    run = resolve(with_state(tmp_path / "store"))
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(toml(run))
+    arguments = [target, moment, str(nth), str(run_file)]
+    ended = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    [entry] = RunStore(run.run.store).list()
+    outcome = simulate(run, resume=entry.run_id)
+    assert calm.model is not None
+    assert outcome.model is not None
+    assert tensors(Path(outcome.model)) == tensors(Path(calm.model))
+    assert same_rounds(list(outcome.history), list(calm.history))
 
 
 @pytest.mark.slow
