@@ -125,9 +125,17 @@ def deal(plan: TrainPlan, seed: int, groups: int) -> list[list[str]]:
     return [[plan.clients[i] for i in sorted(order[g::groups].tolist())] for g in range(groups)]
 
 
-def context_of(manifest: Mapping[str, object], tensors: Mapping[str, Tensor]) -> bytes:
-    """32 bytes that bind a round to what the clients were told: its manifest and base model."""
-    digest = hashlib.sha256(canonical_json(manifest).encode())
+def cap_of(run: RunFile) -> float:
+    """The most that a client weighs; 1 where all weigh the same."""
+    if run.strategy.weights == "uniform":
+        return 1.0
+    assert run.strategy.max_weight is not None  # checked before a run begins
+    return run.strategy.max_weight
+
+
+def model_digest(tensors: Mapping[str, Tensor]) -> bytes:
+    """The hash of a model, 32 bytes."""
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -25,6 +25,7 @@ from umbel.core.payloads import (
 )
 from umbel.core.run_file import RunFile
 from umbel.privacy.secure_aggregation.client import Client
+from umbel.privacy.secure_aggregation.context import context_of
 from umbel.privacy.secure_aggregation.identities import Directory, Identity
 from umbel.privacy.secure_aggregation.in_process import nobody, run_round
 from umbel.privacy.secure_aggregation.keystream import Words
@@ -35,7 +36,7 @@ from umbel.server.gate import Gate, weight_cap
 from umbel.server.rounds import uniform
 from umbel.strategies.parts import Strategy
 from umbel.strategies.parts.combine import weighted_mean
-from umbel.strategies.parts.secure_sum import SecureSum, Sum, metric_names
+from umbel.strategies.parts.secure_sum import SecureSum, Sum, named, value_bits
 
 
 class SecureFederation:
@@ -98,7 +99,7 @@ class SecureFederation:
                 if self._run.strategy.weights == "uniform":
                     update = uniform(update)
                 sums = sums or self._sum(plan, update, largest)
-                metrics = metrics or metric_names(update)
+                metrics = metrics or named(update.metrics)
                 group, place = member[client]
                 key = _rounding(seed, plan.round, client)
                 self._put(vectors[group], place, sums.encode(update, key))
@@ -152,7 +153,7 @@ class SecureFederation:
             frozenset(plan.model.buffers),
             self._section,
             cap,
-            clients,
+            value_bits(clients, self._section),
         )
 
     def _put(self, vectors: dict[int, Words], place: int, words: Words) -> None:
@@ -180,11 +181,11 @@ class SecureFederation:
         terms = Terms(
             hashlib.sha256(f"{self._run.run.name}\0{self._run.run.seed}".encode()).digest()[:16],
             plan.round,
-            secure.context_of({"round": plan.round}, plan.model.tensors()),
+            context_of({}, "train", plan.round, secure.model_digest(plan.model.tensors())),
             directory.digest,
             sums.size,
             section.bits,
-            sums.value_bits,
+            sums.layout.value_bits,
         )
         policy = secure.policy(section)
 

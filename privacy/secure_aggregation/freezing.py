@@ -64,10 +64,7 @@ def thaw(data: bytes, client: Client) -> None:
         links = [bytes.fromhex(link) for link in table["chain"]]
         state.chain = graph.Chain(links, bytes.fromhex(table["commitment"]))
     state.seed = bytearray.fromhex(table["seed"])
-    state.edges = {
-        int(them): Edge(*(bytes.fromhex(part) for part in parts[:3]), _contents(parts[3:]))
-        for them, parts in table["edges"].items()
-    }
+    state.edges = {int(them): _edge(parts) for them, parts in table["edges"].items()}
     state.advert = _read(Advert, table["advert"])
     state.roster = _read(Roster, table["roster"])
     state.members = tuple(table["members"])
@@ -85,8 +82,9 @@ def thaw(data: bytes, client: Client) -> None:
         )
 
 
-def _contents(parts: list[str]) -> Contents:
-    return Contents(*(bytes.fromhex(part) for part in parts))
+def _edge(parts: list[str]) -> Edge:
+    mine, box_in, tags, seed, root, half = map(bytes.fromhex, parts)
+    return Edge(mine, box_in, tags, Contents(seed, root, half))
 
 
 def _body(message: Advert | Roster | Survivors | None) -> str | None:

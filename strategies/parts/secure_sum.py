@@ -13,7 +13,7 @@ so that ``[secure_aggregation] clip`` bounds weight / cap · delta.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +31,6 @@ from umbel.strategies.parts.combine import Combiner
 
 METRICS = 16
 """Training metrics that have a place in the vector, in alphabetical order; more are left out."""
-
-FLOAT_BITS = 24
-"""Fewer bits a number than these, and the sum is coarser than a float32 is."""
 
 
 class Leaf(NamedTuple):
@@ -70,9 +67,9 @@ class SecureSum:
         buffers: those of its names that are bounded by ``buffer_clip``.
         section: bounds and ring.
         cap: the most that a client weighs; 1 where all weigh the same.
-        clients: how many take part, at the most.
+        value_bits: of each number, from :func:`value_bits`.
     Raises:
-        InputError: the combiner is no sum, or so many clients do not fit the ring.
+        InputError: the combiner is no sum.
     """
 
     def __init__(
@@ -83,7 +80,7 @@ class SecureSum:
         buffers: frozenset[str],
         section: SecureAggregation,
         cap: float,
-        clients: int,
+        value_bits: int,
     ) -> None:
         if combiner.merge is None:
             raise InputError(
@@ -93,13 +90,6 @@ class SecureSum:
             )
         self._combiner, self._zero, self._cap = combiner, zero, cap
         self._template = template
-        self.value_bits = min(31, widest_values(clients, section.bits))
-        if self.value_bits < 2:
-            raise InputError(
-                f"{clients} clients leave {self.value_bits} bits for each number",
-                where="[secure_aggregation] bits",
-                fix=f"set bits = {min(32, section.bits + 8)}, or a smaller cohort",
-            )
         self._leaves = self._measure(buffers, section)
         fields: list[Field] = []
         for place, leaf in enumerate(self._leaves):
@@ -108,8 +98,8 @@ class SecureSum:
                 fields.append(Whole(name, leaf.size, 0, 1))
             else:
                 fields.append(Real(name, leaf.size, leaf.bound))
-        fields += [Real("values", METRICS, section.metric_clip), Real("seen", METRICS, 1.0)]
-        self.layout = Layout(fields, self.value_bits)
+        self._means = SecureMeans(section, cap, value_bits)
+        self.layout = Layout([*fields, *self._means.layout.fields], value_bits)
 
     @property
     def size(self) -> int:
@@ -125,32 +115,20 @@ class SecureSum:
         Raises:
             InputError: a number is not finite.
         """
-        weight = float(updates.weights[0]) / self._cap
         accumulator = self._combiner.add(self._zero(), updates)
         values: dict[str, Any] = {}
         for place, (leaf, found) in enumerate(zip(self._leaves, _walk(accumulator), strict=True)):
             numbers = _numbers(found[1])
             values[f"{place}"] = numbers if leaf.counts else numbers / leaf.scale
-        kept = np.zeros((2, METRICS))
-        for place, name in enumerate(metric_names(updates)):
-            value = float(updates.metrics[name][0])
-            if math.isfinite(value):
-                kept[:, place] = value * weight, weight
-        values["values"], values["seen"] = kept
+        metrics = {name: float(metric[0]) for name, metric in updates.metrics.items()}
+        values |= self._means.numbers(metrics, float(updates.weights[0]))
         return self.layout.encode(values, rounding)
 
     def decode(self, words: Words, clients: int, metrics: Sequence[str]) -> Sum:
-        """What the summed vector of ``clients`` says; ``metrics`` as :func:`metric_names`."""
+        """What the summed vector of ``clients`` says; ``metrics`` as :func:`named`."""
         found = self.layout.decode(words, clients)
         parts = [found[f"{place}"] * leaf.scale for place, leaf in enumerate(self._leaves)]
-        values, seen = found["values"] * self._cap, found["seen"] * self._cap
-        # Nobody's share of a metric is rounded to almost, not exactly, nothing.
-        least = clients * self.layout.step(Real("seen", METRICS, 1.0)) * self._cap
-        totals = {
-            name: [float(values[place]), float(seen[place])]
-            for place, name in enumerate(metrics)
-            if seen[place] > least
-        }
+        totals = self._means.totals(found, clients, metrics)
         return Sum(_rebuild(self._zero(), iter(parts)), totals)
 
     def error_bound(self, clients: int) -> dict[str, float]:
@@ -190,9 +168,62 @@ class SecureSum:
         return self._combiner.add(self._zero(), updates)
 
 
-def metric_names(updates: Updates) -> list[str]:
-    """The training metrics that travel, in the order of their places."""
-    return sorted(updates.metrics)[:METRICS]
+class SecureMeans:
+    """Means of metrics over clients, each weighted; nobody's own are seen.
+
+    Args:
+        section: the bound on a metric.
+        cap: the most that a client weighs.
+        value_bits: of each number.
+    """
+
+    def __init__(self, section: SecureAggregation, cap: float, value_bits: int) -> None:
+        self._cap = cap
+        self._seen = Real("seen", METRICS, 1.0)
+        self.layout = Layout([Real("values", METRICS, section.metric_clip), self._seen], value_bits)
+
+    def numbers(self, metrics: Mapping[str, float], weight: float) -> dict[str, Any]:
+        """One client's fields; a metric that is not finite does not count."""
+        share = min(weight / self._cap, 1.0)
+        kept = np.zeros((2, METRICS))
+        for place, name in enumerate(named(metrics)):
+            if math.isfinite(metrics[name]):
+                kept[:, place] = metrics[name] * share, share
+        return {"values": kept[0], "seen": kept[1]}
+
+    def totals(
+        self, found: Mapping[str, Any], clients: int, metrics: Sequence[str]
+    ) -> dict[str, list[float]]:
+        """Metric -> (sum of weight · value, sum of the weights), from the decoded fields."""
+        values, seen = found["values"] * self._cap, found["seen"] * self._cap
+        # Nobody's share of a metric is rounded to almost, not exactly, nothing.
+        least = clients * self.layout.step(self._seen) * self._cap
+        return {
+            name: [float(values[place]), float(seen[place])]
+            for place, name in enumerate(metrics)
+            if seen[place] > least
+        }
+
+
+def named(metrics: Iterable[str]) -> list[str]:
+    """The metrics that travel, in the order of their places."""
+    return sorted(metrics)[:METRICS]
+
+
+def value_bits(clients: int, section: SecureAggregation) -> int:
+    """The bits of a number where so many clients take part.
+
+    Raises:
+        InputError: they do not fit the ring.
+    """
+    bits = min(31, widest_values(clients, section.bits))
+    if bits < 2:
+        raise InputError(
+            f"{clients} clients leave {bits} bits for each number",
+            where="[secure_aggregation] bits",
+            fix=f"set bits = {min(32, section.bits + 8)}, or a smaller cohort",
+        )
+    return bits
 
 
 def _numbers(value: Any) -> Any:
@@ -206,7 +237,7 @@ def _walk(
 ) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """The numbers and tensors of an accumulator, with where they are."""
     if isinstance(value, Mapping):
-        for name in value:
+        for name in sorted(value):  # client and server need not list tensors alike
             yield from _walk(value[name], (*path, name))
     elif isinstance(value, (tuple, list)):
         for place, item in enumerate(value):
@@ -218,7 +249,8 @@ def _walk(
 def _rebuild(like: Any, parts: Iterator[Any]) -> Any:
     """An accumulator of the form of ``like`` with other numbers."""
     if isinstance(like, Mapping):
-        return {name: _rebuild(like[name], parts) for name in like}
+        found = {name: _rebuild(like[name], parts) for name in sorted(like)}
+        return {name: found[name] for name in like}
     if isinstance(like, tuple):
         items = [_rebuild(item, parts) for item in like]
         return type(like)(*items) if hasattr(like, "_fields") else tuple(items)

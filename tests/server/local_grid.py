@@ -48,6 +48,8 @@ class LocalGrid(Grid):
         self.delay: dict[int, float] = {}
         """Node -> seconds until its replies can be pulled."""
         self._ready: dict[str, float] = {}
+        self.states: dict[int, RecordDict] = {}
+        """Node -> what it keeps between messages."""
 
     def set_run(self, run: Run) -> None:
         raise AssertionError("not used")
@@ -95,5 +97,6 @@ class LocalGrid(Grid):
     def answer(self, message: Message) -> Message:
         """What the client app answers."""
         node = message.metadata.dst_node_id
-        context = Context(1, node, dict(self.nodes[node]), RecordDict(), dict(self.run_config))
+        state = self.states.setdefault(node, RecordDict())
+        context = Context(1, node, dict(self.nodes[node]), state, dict(self.run_config))
         return self.app(message, context)

@@ -23,7 +23,7 @@ from umbel.simulations.prepare import Prepared, prepare
 from umbel.simulations.secure import SecureFederation
 from umbel.simulations.simulate import simulate
 from umbel.strategies.build import build_strategy
-from umbel.strategies.parts.secure_sum import SecureSum
+from umbel.strategies.parts.secure_sum import SecureSum, value_bits
 
 CLIENTS = 8
 
@@ -104,7 +104,7 @@ def test_the_mean_is_the_plain_one_to_the_stated_error(weights: str, bits: int) 
         frozenset(),
         run.secure_aggregation,
         cap,
-        6,
+        value_bits(6, run.secure_aggregation),
     )
     bound = sums.error_bound(6)
     # Six values in the ring, clip 4: the bound is what docs/secure-aggregation.md says it is.
@@ -325,8 +325,9 @@ def test_what_workers_fold_is_a_sum_and_goes_under_masks_whole(name: str) -> Non
         return strategy.combine.zero(template)
 
     given = [update("a", 3.0), update("b", 8.0), update("c", 1.0)]
+    section = run_file({}).secure_aggregation
     sums = SecureSum(
-        strategy.combine, zero, template, frozenset(), run_file({}).secure_aggregation, 10.0, 3
+        strategy.combine, zero, template, frozenset(), section, 10.0, value_bits(3, section)
     )
     words = sum(sums.encode(u) for u in given)
     found = strategy.combine.finish(sums.decode(words, 3, []).accumulator)  # type: ignore[arg-type]

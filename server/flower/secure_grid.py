@@ -1,0 +1,247 @@
+"""Secure aggregation over Flower's Grid: its stages are messages, and the server sees sums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flwr.app import ConfigRecord
+
+from umbel.core import messages
+from umbel.core.errors import InputError
+from umbel.core.messages import MODEL, SECURE, SECURE_STAGES
+from umbel.core.payloads import (
+    EvaluatePlan,
+    Evaluation,
+    Failure,
+    Folded,
+    TrainPlan,
+    Updates,
+    pack,
+)
+from umbel.core.run_file import RunFile
+from umbel.datasets.federated import Info
+from umbel.privacy.secure_aggregation.context import context_of
+from umbel.privacy.secure_aggregation.identities import Directory, simulated
+from umbel.privacy.secure_aggregation.server import Aborted, Outbox, Server, Stage, Total
+from umbel.privacy.secure_aggregation.terms import Terms
+from umbel.server import secure
+from umbel.server.flower.grid import SLACK, GridFederation
+from umbel.strategies.parts import Strategy
+from umbel.strategies.parts.combine import weighted_mean
+from umbel.strategies.parts.secure_sum import SecureMeans, SecureSum, Sum, value_bits
+
+KINDS = dict(zip(list(Stage)[:6], SECURE_STAGES, strict=True))
+"""What the server waits for -> message type."""
+
+
+class Found(NamedTuple):
+    """What became of one group: its sum or why there is none, and the metrics' names."""
+
+    clients: Sequence[str]
+    end: Total | Aborted
+    survivors: Sequence[str]
+    metrics: Sequence[str]
+    lost: Mapping[str, str]
+
+
+class SecureGrid:
+    """The clients behind a Grid, summed under masks.
+
+    Args:
+        inner: the clients.
+        run: the run file.
+        strategy: what it names.
+        peers: client -> raw Ed25519 key, as it was pinned at the sites; ``None`` in a simulation.
+    Raises:
+        InputError: the run cannot be summed securely, or a client is not among the peers.
+    """
+
+    def __init__(
+        self,
+        inner: GridFederation,
+        run: RunFile,
+        strategy: Strategy,
+        peers: Mapping[str, bytes] | None,
+    ) -> None:
+        secure.check(run, strategy.combine, len(inner.clients()))
+        if run.secure_aggregation.accounting_only:
+            raise InputError(
+                "accounting_only masks nothing, and these clients are asked for masks",
+                where="[secure_aggregation] accounting_only",
+                fix="remove it, or simulate in process",
+            )
+        self._inner, self._run, self._strategy = inner, run, strategy
+        self._section = run.secure_aggregation
+        if peers is None:
+            peers = {c: simulated(run.run.seed, c).public_key for c in inner.clients()}
+        if missing := [c for c in inner.clients() if c not in peers]:
+            raise InputError(
+                f"client '{missing[0]}' has no pinned identity key",
+                where="secure aggregation",
+                fix="provision the site, and hand the new kit to all sites",
+            )
+        self._names = sorted(peers)
+        self._directory = Directory([peers[name] for name in self._names])
+        self._tables = messages.write_run(run)
+        self.info: Info = inner.info
+
+    def clients(self) -> Sequence[str]:
+        """The names of the clients."""
+        return self._inner.clients()
+
+    def examples(self) -> Sequence[int]:
+        """One for each: nobody says how many."""
+        return self._inner.examples()
+
+    def train(self, plan: TrainPlan) -> Iterator[Updates | Failure | Folded]:
+        """Runs the protocol among the plan's clients; yields the failures, and the sum."""
+        combine = self._strategy.combine
+        combiner = weighted_mean() if combine.merge is None else combine
+        expected = plan.expected()
+        groups = secure.deal(plan, self._run.run.seed, self._section.groups)
+        bits = value_bits(max(map(len, groups)), self._section)
+        sums = SecureSum(
+            combiner,
+            lambda: combiner.zero(expected),
+            expected,
+            frozenset(plan.model.buffers),
+            self._section,
+            secure.cap_of(self._run),
+            bits,
+        )
+        document = pack({**plan.model.tensors(), **plan.shared})
+        parts: list[tuple[Sequence[str], Sum]] = []
+        for found in self._carry_out("train", plan, groups, sums.size, bits, document):
+            if isinstance(found.end, Total):
+                words, count = found.end.words, len(found.survivors)
+                parts.append((found.survivors, sums.decode(words, count, found.metrics)))
+                lost = found.lost.items()
+                yield from (Failure(c, why) for c, why in lost if c not in found.survivors)
+            else:
+                yield from secure.aborted(found.clients, found.lost, found.end.why)
+        if parts:
+            yield secure.cohort(parts, combine, plan)
+
+    def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
+        """The figures of all clients together, weighted as in training; nobody's own are seen."""
+        tested = self._inner.tested(plan.clients)
+        if len(tested) < self._section.min_cohort:
+            return
+        bits = value_bits(len(tested), self._section)
+        means = SecureMeans(self._section, secure.cap_of(self._run), bits)
+        document = pack(plan.model.tensors())
+        size = means.layout.size
+        for found in self._carry_out("evaluate", plan, [tested], size, bits, document):
+            if isinstance(found.end, Aborted):
+                yield from secure.aborted(found.clients, found.lost, found.end.why)
+                continue
+            fields = means.layout.decode(found.end.words, len(found.survivors))
+            totals = means.totals(fields, len(found.survivors), found.metrics)
+            figures = {name: total / weight for name, (total, weight) in totals.items()}
+            yield Evaluation("all", len(found.survivors), figures)
+
+    def plan_record(self) -> Mapping[str, Any]:
+        """That sums were masked."""
+        return {**self._inner.plan_record(), "secure_aggregation": "masked"}
+
+    def close(self) -> None:
+        """Ends what is behind the grid."""
+        self._inner.close()
+
+    def _carry_out(
+        self,
+        purpose: str,
+        plan: TrainPlan | EvaluatePlan,
+        groups: Sequence[Sequence[str]],
+        size: int,
+        bits: int,
+        document: bytes,
+    ) -> list[Found]:
+        """Runs one round of the protocol in each group, all groups stage by stage together."""
+        digest = hashlib.sha256(document).digest()
+        run_id = hashlib.sha256(f"{plan.run_id}\0{purpose}".encode()).digest()[:16]
+        context = context_of(self._tables, purpose, plan.round, digest)
+        terms = Terms(
+            run_id, plan.round, context, self._directory.digest, size, self._section.bits, bits
+        )
+        about = json.dumps({"run": run_id.hex(), "model": digest.hex()})
+        number = {name: place for place, name in enumerate(self._names)}
+        rounds = [
+            _Group(
+                [*clients],
+                Server(
+                    terms,
+                    self._directory,
+                    [number[c] for c in clients],
+                    secure.design(self._section),
+                    self._section.min_cohort,
+                ),
+            )
+            for clients in groups
+        ]
+        for group in rounds:
+            group.out = group.server.invite()
+        names = self._names.__getitem__
+        while stages := {g.server.stage for g in rounds if isinstance(g.out, Outbox)}:
+            stage = min(stages, key=list(Stage).index)
+            there = [g for g in rounds if g.server.stage is stage]
+            owner = {names(m): g for g in there for m in _messages(g.out)}
+            model = document if stage is Stage.MASKED else b""
+            contents = {
+                names(m): {
+                    SECURE: ConfigRecord({SECURE: data, "about": about}),
+                    MODEL: ConfigRecord({MODEL: model}),
+                }
+                for g in there
+                for m, data in _messages(g.out).items()
+            }
+            limit = 4 * size + SLACK
+            kind = f"{purpose}.{KINDS[stage]}"
+            for client, reply in self._inner.ask(
+                kind, plan.round, contents, plan.deadline, plan.run_id
+            ):
+                group = owner[client]
+                if isinstance(reply, Failure):
+                    group.lost[client] = reply.reason
+                elif len(reply[1]) > limit:
+                    group.lost[client] = f"sent {len(reply[1])} bytes, at most {limit} are read"
+                else:
+                    group.server.receive(number[client], reply[1])
+                    if stage is Stage.MASKED:
+                        group.metrics[client] = sorted(reply[0].metrics)
+            for group in there:
+                group.out = group.server.advance()
+        return [group.found(names) for group in rounds]
+
+
+class _Group:
+    """A group of clients on their way through a round."""
+
+    def __init__(self, clients: list[str], server: Server) -> None:
+        self.clients, self.server = clients, server
+        self.out: Outbox | Total | Aborted = Aborted("not begun")
+        self.lost: dict[str, str] = {}
+        self.metrics: dict[str, list[str]] = {}
+
+    def found(self, name: Callable[[int], str]) -> Found:
+        """How it ended."""
+        assert not isinstance(self.out, Outbox)
+        survivors = [name(m) for m in self.out.survivors] if isinstance(self.out, Total) else []
+        said = {tuple(self.metrics.get(c, ())) for c in survivors} - {()}
+        # Places go by the alphabet: they mean something only where all have the same names.
+        metrics = list(said.pop()) if len(said) == 1 else []
+        aside = {name(m): f"set aside: {why}" for m, why in self.server.turned_away}
+        lost = {
+            name(m): self.lost.get(name(m), f"secure aggregation: {aside.get(name(m), why)}")
+            for m, why in self.server.lost.items()
+        }
+        order = {c: i for i, c in enumerate(self.clients)}
+        survivors.sort(key=order.__getitem__)
+        return Found(self.clients, self.out, survivors, metrics, lost)
+
+
+def _messages(out: Outbox | Total | Aborted) -> Mapping[int, bytes]:
+    return out.messages if isinstance(out, Outbox) else {}
