@@ -158,13 +158,21 @@ def status(folder: ServerOption = HERE, format: FormatOption = Format.text) -> N
     )
 
 
+@app.command()
+def doctor(folder: ServerOption = HERE, format: FormatOption = Format.text) -> None:
+    """Look at keys, certificate, clock, gate and sites; says what to do."""
+    from umbel.cli.doctor import tell
+    from umbel.deploy.doctor import examine_server
+    from umbel.deploy.server_folder import ServerFolder
+
+    tell(examine_server(ServerFolder(folder)), format)
+
+
 @audit_log.command("verify")
 def audit_verify(
     hash: Annotated[
         str | None,
-        typer.Option(
-            metavar="HEX", help="A hash noted elsewhere; it must still be there."
-        ),
+        typer.Option(metavar="HEX", help="A hash noted elsewhere; it must still be there."),
     ] = None,
     folder: ServerOption = HERE,
     format: FormatOption = Format.text,

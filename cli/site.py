@@ -114,6 +114,16 @@ def start(folder: FolderOption = HERE, format: FormatOption = Format.text) -> No
         output.emit({"answered": served.answered, "refused": served.refused})
 
 
+@app.command()
+def doctor(folder: FolderOption = HERE, format: FormatOption = Format.text) -> None:
+    """Look at keys, policy, data, clock and the way to the server; says what to do."""
+    from umbel.cli.doctor import tell
+    from umbel.client.folder import SiteFolder
+    from umbel.deploy.doctor import examine_site
+
+    tell(examine_site(SiteFolder(folder)), format)
+
+
 @policy.command("check")
 def policy_check(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run to be tried.")],
@@ -155,9 +165,7 @@ def policy_show(folder: FolderOption = HERE, format: FormatOption = Format.text)
 def audit_verify(
     hash: Annotated[
         str | None,
-        typer.Option(
-            metavar="HEX", help="A hash noted elsewhere; it must still be there."
-        ),
+        typer.Option(metavar="HEX", help="A hash noted elsewhere; it must still be there."),
     ] = None,
     folder: FolderOption = HERE,
     format: FormatOption = Format.text,

@@ -18,6 +18,7 @@ Whoever may write here is the server's administrator: there is no other way to g
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +114,12 @@ class ServerFolder:
     def members(self) -> dict[str, SiteRecord]:
         """The sites that may take part."""
         return {name: site for name, site in self.sites().items() if not site.revoked}
+
+    def loose(self) -> list[Path]:
+        """Private files that others than their owner may read or write."""
+        secret = [self.authority_key, self.certificate_key, self.manifest_key, self.session_key]
+        files = [*secret, self.admin_file, self.keys, self.path]
+        return [f for f in files if f.exists() and stat.S_IMODE(f.stat().st_mode) & 0o077]
 
     def save_site(self, site: SiteRecord) -> None:
         """Writes a site's record in one step."""

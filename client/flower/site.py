@@ -121,8 +121,8 @@ class Site:
             self._report("ended")
         finally:
             self._worker.stop()
+            fleet.close(leave=False)
             heart.stop()
-            fleet.close()
             assert self._lock is not None
             self._lock.close()
         return Served(self._answered, self._refused)

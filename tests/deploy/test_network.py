@@ -131,6 +131,16 @@ def test_a_policy_refuses_by_name_and_the_run_says_so(network: Network) -> None:
     assert all(e["site"] == "basel" and "(strategies)" in e["text"] for e in said)
 
 
+def test_the_doctors_find_nothing_to_do(network: Network) -> None:
+    for command, folder in (("site", "aarhus"), ("server", SERVER)):
+        found = network.umbel(command, "doctor", "--folder", folder)["findings"]
+        assert not [f for f in found if f["level"] == "error"]
+        told = {f["what"]: f["found"] for f in found}
+        assert told["gate"] == "Control and Runtime cannot be reached"
+        assert told["clock"] == "agrees with the server's"
+        assert told["process"].startswith("running")
+
+
 def resident(pid: int) -> int:
     """Bytes of memory that a process holds."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
