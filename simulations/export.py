@@ -75,10 +75,10 @@ def fold_residuals(module: nn.Module) -> bool:
     found = False
     with torch.no_grad():
         for layer in lora.layers(module):
-            residual = getattr(layer, lora.RESIDUAL, None)
-            if residual is None or not residual.any():
+            part = getattr(layer, lora.RESIDUAL, None)
+            if part is None or not part.full.any():
                 continue
-            found = True
+            found, residual = True, part.full
             weight = layer.get_base_layer().weight
             step = layer.scaling["default"] * residual
             weight += (step.T if layer.fan_in_fan_out else step).to(weight.dtype)

@@ -18,7 +18,7 @@ from umbel.strategies.parts.combine import Combined, Combiner, Sums, weighted_me
 A, B = "lora_A.default.weight", "lora_B.default.weight"
 """How PEFT's names of the two factors end."""
 
-RESIDUAL = "lora_residual"
+RESIDUAL = "lora_residual.full"
 """How the name of a layer's matrix of full size ends; it is scaled as ``B A`` is."""
 
 PRODUCTS = "products"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +12,20 @@ from umbel.core.settings import Count, Fraction, Positive
 from umbel.tasks.adapters import frame
 
 RESIDUAL = "lora_residual"
+"""The name of a layer's :class:`Residual`."""
+
+
+class Residual(nn.Module):
+    """A matrix of a layer's full size that is carried along and not trained; 0 at first."""
+
+    def __init__(self, outputs: int, inputs: int, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("full", like.new_zeros(outputs, inputs))
+        self.full: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return F.linear(x.to(self.full.dtype), self.full)
 
 
 def lora(
@@ -75,7 +88,7 @@ def low_rank(
     if residual:
         for layer in layers(adapted):
             b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
-            layer.register_buffer(RESIDUAL, torch.zeros(len(b), a.shape[1], dtype=a.dtype))
+            layer.add_module(RESIDUAL, Residual(len(b), a.shape[1], a.detach()))
             layer.register_forward_hook(_add_residual)
     return adapted
 
@@ -86,5 +99,4 @@ def layers(module: nn.Module) -> list[Any]:
 
 
 def _add_residual(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    added = F.linear(inputs[0].to(layer.lora_residual.dtype), layer.lora_residual)
-    return output + layer.scaling["default"] * added.to(output.dtype)
+    return output + layer.scaling["default"] * layer.lora_residual(inputs[0]).to(output.dtype)
