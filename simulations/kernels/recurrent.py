@@ -22,26 +22,29 @@ from umbel.simulations.kernels.layers import (
 )
 
 State: TypeAlias = tuple[Tensor, ...]
-Cell: TypeAlias = Callable[[Tensor, Tensor, State], State]
-"""(input's share of the gates, the state's, state) -> state; (n, B, gates * H), (n, B, H)."""
+Cell: TypeAlias = Callable[[Tensor, State, Tensor, Tensor | None], State]
+"""(the input's share of the gates, state, the state's weight, its bias where that is not in the
+share already) -> state; shapes (n, B, gates * H), (n, B, H), (n, H, gates * H), (n, gates * H)."""
 
 
-def _lstm_cell(given: Tensor, own: Tensor, state: State) -> State:
+def _lstm_cell(share: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    gates = torch.baddbmm(share, state[0], weight)
     # The order of torch's gates: input, forget, cell, output.
-    i, f, g, o = (given + own).chunk(4, -1)
-    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    i, f, _, o = gates.sigmoid().chunk(4, -1)
+    c = torch.addcmul(i * gates.chunk(4, -1)[2].tanh(), f, state[1])
+    return o * c.tanh(), c
 
 
-def _gru_cell(given: Tensor, own: Tensor, state: State) -> State:
-    (r, z, n), (own_r, own_z, own_n) = given.chunk(3, -1), own.chunk(3, -1)
+def _gru_cell(share: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    own = torch.bmm(state[0], weight)
+    r, z, n = share.chunk(3, -1)
+    own_r, own_z, own_n = (own if bias is None else own + bias[:, None]).chunk(3, -1)
     new = (n + (r + own_r).sigmoid() * own_n).tanh()
-    update = (z + own_z).sigmoid()
-    return ((1 - update) * new + update * state[0],)
+    return (torch.lerp(new, state[0], (z + own_z).sigmoid()),)
 
 
 def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Cell:
-    return lambda given, own, state: (activation(given + own),)
+    return lambda share, state, weight, bias: (activation(torch.baddbmm(share, state[0], weight)),)
 
 
 def _recurrent(cell: Cell, states: int, module: nn.RNNBase, find: Finder) -> Layer:
@@ -89,18 +92,15 @@ def _run(
     weight, inner, bias, shift = (None if s is None else s(scope) for s in stacks)
     assert weight is not None
     assert inner is not None
+    if bias is not None and shift is not None and cell is not _gru_cell:
+        bias, shift = bias + shift, None
     # The input's share of all steps is one product.
     shares = product(given, weight, bias).unbind(2)
     turned, size = inner.transpose(1, 2), inner.shape[-1]
     state: State = (given.new_zeros(*given.shape[:2], size, dtype=shares[0].dtype),) * states
     outs: list[Tensor] = []
     for share in reversed(shares) if backwards else shares:
-        own = (
-            torch.bmm(state[0], turned)
-            if shift is None
-            else torch.baddbmm(shift[:, None], state[0], turned)
-        )
-        state = cell(share, own, state)
+        state = cell(share, state, turned, shift)
         outs.append(state[0])
     return torch.stack(outs[::-1] if backwards else outs, 2), state
 
