@@ -11,6 +11,7 @@ from umbel.core.errors import RefusedError, UmbelError
 from umbel.core.payloads import Federation, States
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
+from umbel.server.asynchronous import asynchronous
 from umbel.server.entries import Ended
 from umbel.server.records import RoundRecord
 from umbel.server.rounds import Evaluate, Start, rounds
@@ -85,7 +86,10 @@ def conduct(
             patience = Patience(run.evaluate.early_stopping)
             for record in store.history(run_id):
                 stopped = patience(record)
-        going_on = rounds(run, strategy, federation, start, evaluate, run_id, states, guard=guard)
+        if strategy.asynchronous is not None:
+            going_on = asynchronous(run, strategy, federation, start, evaluate, run_id, states)
+        else:
+            going_on = rounds(run, strategy, federation, start, evaluate, run_id, states, guard)
         for result in () if stopped else going_on:
             now = time.monotonic()
             why = patience(result.record) or until(result.record)

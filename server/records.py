@@ -40,6 +40,9 @@ class RoundRecord:
         per_client: each client's own metrics; empty where not evaluated.
         note: anything out of the ordinary, such as a missed quorum.
         epsilon: spent so far, where the run has a privacy budget.
+        virtual_time: of an asynchronous run's clock, in units of the usual client's time.
+        staleness: of an asynchronous run's participants, in their order: server steps since each
+            was given its model.
     """
 
     round: int
@@ -52,6 +55,8 @@ class RoundRecord:
     per_client: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     note: str = ""
     epsilon: float | None = None
+    virtual_time: float | None = None
+    staleness: Sequence[int] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The record as plain values; what is empty or absent and optional is left out."""
@@ -67,10 +72,13 @@ class RoundRecord:
             "capped": list(self.capped),
             "per_client": {c: dict(m) for c, m in self.per_client.items()},
             "note": self.note,
+            "staleness": list(self.staleness),
         }
         table.update({name: value for name, value in optional.items() if value})
         if self.epsilon is not None:
             table["epsilon"] = self.epsilon
+        if self.virtual_time is not None:
+            table["virtual_time"] = self.virtual_time
         return table
 
     @classmethod

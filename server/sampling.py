@@ -62,11 +62,11 @@ def sample(clients: Sequence[str], section: Strategy, seed: int, round_number: i
     """
     size = cohort_size(section, len(clients))
     total = min(len(clients), size + math.ceil(section.over_selection * size))
-    places = _distinct(randomness.key(seed, "cohort", round_number), total, len(clients))
+    places = distinct(randomness.key(seed, "cohort", round_number), total, len(clients))
     return [clients[i] for part in (places[:size], places[size:]) for i in sorted(part)]
 
 
-def _distinct(stream: np.uint64, count: int, n: int) -> list[int]:
+def distinct(stream: np.uint64, count: int, n: int) -> list[int]:
     """``count`` distinct places of 0 … n-1, uniform, in random order."""
     if 2 * count > n:
         return list(randomness.permutation(stream, n)[:count].tolist())
