@@ -235,6 +235,18 @@ def test_on_a_gpu(precision):
     assert all(d.device.type == "cpu" for item in fast for d in item.delta.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("build", [cnn, Residual], ids=lambda b: b.__name__)
+@pytest.mark.parametrize(("precision", "far"), [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_images_on_a_gpu_with_the_data_there_or_brought(build, precision, far):
+    for memory in (None, 6000):  # all data fit, or only those of a chunk
+        slow, fast, said = both(build, device="cuda", precision=precision, memory=memory)
+        assert not said
+        truth, other = (aggregate(list(singles(side).values())) for side in (slow, fast))
+        assert float(norm(subtract(other, truth))) < far * float(norm(truth))
+
+
 @pytest.mark.parametrize("chunk", [1, 3, None])
 def test_chunks_do_not_matter(chunk):
     slow, fast, said = both(mlp, chunk=chunk, local_epochs=2, momentum=0.5)
