@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import signal
@@ -30,6 +31,10 @@ ATTEMPTS = 5
 RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 
 MODULE = "umbel.server.flower.run_process"
+
+STUMBLE_SECONDS = 2.0
+
+log = logging.getLogger("umbel.server")
 
 
 class Manager:
@@ -73,7 +78,12 @@ class Manager:
     def _run(self) -> None:
         try:
             while not self._closing.wait(TICK):
-                self._tick()
+                try:
+                    self._tick()
+                except Exception as error:  # a locked database, a full disk: not for ever
+                    log.exception("the run manager stumbled")
+                    self._report(f"the run manager stumbled: {type(error).__name__}; going on")
+                    self._closing.wait(STUMBLE_SECONDS)
         finally:
             self._end_process()
 

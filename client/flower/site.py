@@ -115,7 +115,7 @@ class Site:
             self._worker.warm()
             self._report("ready")
             for message in self._leftovers():
-                self._work(fleet, message)
+                self._work(fleet, message, begun=True)
             self._look(fleet)
         except KeyboardInterrupt:
             self._report("ended")
@@ -175,13 +175,18 @@ class Site:
         else:
             self._work(fleet, message)
 
-    def _work(self, fleet: Fleet, message: Message) -> None:
-        """Decides, works, answers; then forgets the message."""
+    def _work(self, fleet: Fleet, message: Message, *, begun: bool = False) -> None:
+        """Decides, works, answers; then forgets the message.
+
+        What an earlier process has begun may have been decided already. For what comes from the
+        server, the same would be a replay.
+        """
         metadata = message.metadata
         kind = metadata.message_type
         records = plain(message.content)
         began = time.monotonic()
-        decision = self._guard.known(kind, records) or self._guard.decide(kind, records)
+        known = self._guard.known(kind, records) if begun else None
+        decision = known or self._guard.decide(kind, records)
         if isinstance(decision, Refusal):
             log.warning("refused %s: %s", kind, decision.problem.exception)
             self._report(f"refused {kind}: {decision.problem.exception}")
