@@ -17,7 +17,20 @@ import click
 import typer
 
 import umbel
-from umbel.cli import bench, flower, output, parts, plot, runs, server, simulate, site, submit, tune
+from umbel.cli import (
+    audit,
+    bench,
+    flower,
+    output,
+    parts,
+    plot,
+    runs,
+    server,
+    simulate,
+    site,
+    submit,
+    tune,
+)
 from umbel.core.errors import UmbelError
 
 app = typer.Typer(
@@ -52,6 +65,7 @@ for _name, _order in (
     app.command(_name, rich_help_panel="Deploy")(_order)
 app.add_typer(server.app, name="server", rich_help_panel="Deploy")
 app.add_typer(site.app, name="site", rich_help_panel="Deploy")
+app.add_typer(audit.app, name="audit", rich_help_panel="Look at runs")
 app.command("bench", rich_help_panel="About Umbel", context_settings=bench.CONTEXT)(bench.bench)
 
 
