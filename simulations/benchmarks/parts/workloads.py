@@ -222,11 +222,18 @@ def sweep(axis: str, values: Sequence[int] | None = None) -> list[tuple[int, Wor
     A million clients of 10 examples with 8 features each are 320 MB of data; the cohort is 100.
     """
     if axis == "cohort":
-        return [
-            (n, W1._replace(name=f"cohort-{n}", cohort=n, clients=max(1000, n), rounds=3))
-            for n in values or COHORTS
-        ]
-    return [
-        (n, W2._replace(name=f"clients-{n}", clients=n, examples=10, shape=(8,), rounds=20))
-        for n in values or CLIENTS
-    ]
+        return [(n, _cohort(n)) for n in values or COHORTS]
+    return [(n, _clients(n)) for n in values or CLIENTS]
+
+
+def _cohort(n: int) -> Workload:
+    clients = max(1000, n)
+    title = f"{clients} clients, cohort {n}; each 50 images 28 x 28, one epoch, batch 10, CNN"
+    return W1._replace(name=f"cohort-{n}", title=title, cohort=n, clients=clients, rounds=3)
+
+
+def _clients(n: int) -> Workload:
+    title = f"{n} clients, cohort 100; each one step of 10, logistic regression 8 to 10"
+    return W2._replace(
+        name=f"clients-{n}", title=title, clients=n, examples=10, shape=(8,), rounds=20
+    )
