@@ -50,10 +50,24 @@ SLOWEST_POLL = 1.0
 
 
 R = TypeVar("R", Hello, Answer)
+T = TypeVar("T")
 
 
 def nothing() -> None:
     """Does nothing."""
+
+
+def patient(stream: Iterator[T | None], deadline: float | None) -> Iterator[T]:
+    """What comes, waiting wherever ``stream`` has nothing yet; not longer than to the deadline."""
+    end = float("inf") if deadline is None else time.monotonic() + deadline
+    pause = 0.01
+    for item in stream:
+        if item is None:
+            time.sleep(min(pause, max(0.0, end - time.monotonic())))
+            pause = min(1.5 * pause, SLOWEST_POLL)
+        else:
+            pause = 0.01
+            yield item
 
 
 class GridFederation:
@@ -114,9 +128,19 @@ class GridFederation:
 
         Who has not answered at the deadline is a failure, and what it sends later is never read.
         """
+        return patient(self.attend(plan), plan.deadline)
+
+    def attend(self, plan: TrainPlan) -> Iterator[Updates | Failure | None]:
+        """As :meth:`train`; but in place of waiting, ``None`` where nobody is back yet."""
         document = pack({**plan.model.tensors(), **plan.shared})
         limit = sum(t.numel() * t.element_size() for t in plan.expected().values()) + SLACK
-        for client, reply in self._ask(TRAIN, plan, plan.clients, document):
+        record = {MODEL: ConfigRecord({MODEL: document})}
+        contents = dict.fromkeys(plan.clients, record)
+        for pair in self._asked(TRAIN, plan.round, contents, plan.deadline, plan.run_id):
+            if pair is None:
+                yield None
+                continue
+            client, reply = pair
             if isinstance(reply, Failure):
                 yield reply
                 continue
@@ -190,13 +214,27 @@ class GridFederation:
             deadline: seconds; ``None`` waits.
             run_id: under which clients keep what they keep from round to round.
         """
+        return patient(self._asked(kind, round_number, contents, deadline, run_id), deadline)
+
+    def _asked(
+        self,
+        kind: str,
+        round_number: int,
+        contents: Mapping[str, Mapping[str, ConfigRecord]],
+        deadline: float | None,
+        run_id: str,
+    ) -> Iterator[tuple[str, tuple[Answer, bytes] | Failure] | None]:
         requests = {
             client: self._message(
                 kind, self._nodes[client], round_number, client, records, deadline, run_id
             )
             for client, records in contents.items()
         }
-        for client, message in self._exchange(requests, deadline):
+        for pair in self._polled(requests, deadline):
+            if pair is None:
+                yield None
+                continue
+            client, message = pair
             if isinstance(message, str):
                 yield client, Failure(client, message)
                 continue
@@ -229,7 +267,13 @@ class GridFederation:
     def _exchange(
         self, requests: dict[str, Message], deadline: float | None
     ) -> Iterator[tuple[str, Message | str]]:
-        """Sends the requests; yields (key, reply), or (key, why there is none), as they come.
+        """Sends the requests; yields (key, reply), or (key, why there is none), as they come."""
+        return patient(self._polled(requests, deadline), deadline)
+
+    def _polled(
+        self, requests: dict[str, Message], deadline: float | None
+    ) -> Iterator[tuple[str, Message | str] | None]:
+        """As :meth:`_exchange`; but in place of waiting, ``None`` where there is no reply yet.
 
         A reply is attributed by the request that it answers: Flower may name no node, or a wrong
         one, for a client that was lost.
@@ -246,19 +290,15 @@ class GridFederation:
             }
         for key in requests.keys() - set(waiting.values()):
             yield key, FLOWER_ERRORS[5]
-        pause = 0.01
         while waiting:
             self._alive()
             for message in self._grid.pull_messages(list(waiting)):
                 if (found := waiting.pop(message.metadata.reply_to_message_id, None)) is not None:
-                    pause = 0.01
                     yield found, message
-            left = float("inf") if deadline is None else began + deadline - time.monotonic()
-            if left <= 0:
+            if deadline is not None and time.monotonic() >= began + deadline:
                 break
             if waiting:
-                time.sleep(min(pause, left))
-                pause = min(1.5 * pause, SLOWEST_POLL)
+                yield None
         for key in waiting.values():
             yield key, f"no reply within {deadline:g} s"
 
