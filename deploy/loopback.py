@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from umbel.core import signing
 from umbel.core.errors import InputError, RunError
 from umbel.core.run_file import RunFile
 from umbel.deploy.certificates import make_node_key, make_server_files
@@ -30,6 +31,7 @@ HOST = "127.0.0.1"
 DAYS = 2
 STOP_SECONDS = 10.0
 FOLLOW = "follow"
+PEERS = "peers.json"
 
 # Flower asks for updates, reports its use and installs packages unless it is told not to; and its
 # processes look for work once a second.
@@ -61,6 +63,7 @@ run = {run}
 sites = {sites}
 wait = {wait}
 resume = {resume}
+peers = {peers}
 """
 
 
@@ -159,6 +162,7 @@ class Loopback:
             sites=len(self._sites),
             wait=int(self._patience),
             resume=json.dumps(resume or ""),
+            peers=json.dumps((self._folder / PEERS).read_text(encoding="utf-8")),
         )
         (app / "pyproject.toml").write_text(text, encoding="utf-8")
         before = {entry.run_id for entry in self.store(run).list()}
@@ -200,11 +204,20 @@ class Loopback:
             *("--enable-supernode-auth", "--database", str(self._folder / "superlink.db")),
         )
         self._wait_for(port)
+        # As provisioning does: a signing key for each site, and the keys of all in everyone's hand.
+        peers: dict[str, str] = {}
+        for site in self._sites:
+            path = self._folder / f"{site.client}.pem"
+            own = signing.read_key(path) if path.exists() else signing.make_key(path)
+            peers[site.client] = signing.public_bytes(own).hex()
+        (self._folder / PEERS).write_text(json.dumps(peers), encoding="utf-8")
         for site, node_port in zip(self._sites, node_ports, strict=True):
             key = self._folder / f"{site.client}.key"
             public = make_node_key(key)
             self._flwr("supernode", "register", str(public), "--name", site.client)
             config = f"client={json.dumps(site.client)}"
+            config += f" identity={json.dumps(str(self._folder / f'{site.client}.pem'))}"
+            config += f" peers={json.dumps(str(self._folder / PEERS))}"
             if site.data is not None:
                 config += f" data={json.dumps(str(site.data.absolute()))}"
             config += f" state={json.dumps(str(self._folder / 'state' / site.client))}"

@@ -8,12 +8,14 @@ a simulation, so a run has the same bits with and without masks, and for any num
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from umbel.core.errors import InputError
 from umbel.core.payloads import (
     EvaluatePlan,
     Evaluation,
@@ -33,8 +35,9 @@ from umbel.privacy.secure_aggregation.server import Aborted, Server, Stage, Tota
 from umbel.privacy.secure_aggregation.terms import Terms
 from umbel.server import secure
 from umbel.server.gate import Gate, weight_cap
-from umbel.server.rounds import uniform
-from umbel.strategies.parts import Strategy
+from umbel.server.private_sum import private_sum
+from umbel.server.rounds import Fold, uniform
+from umbel.strategies.parts import Combiner, Strategy
 from umbel.strategies.parts.combine import weighted_mean
 from umbel.strategies.parts.secure_sum import SecureSum, Sum, named, value_bits
 
@@ -80,6 +83,7 @@ class SecureFederation:
         groups = secure.deal(plan, seed, section.groups)
         member = {c: (g, i) for g, names in enumerate(groups) for i, c in enumerate(names)}
         largest = max(map(len, groups))
+        combiner = self._combiner(plan)
         sums: SecureSum | None = None
         vectors: list[dict[int, Words]] = [{} for _ in groups]
         metrics: list[str] = []
@@ -98,7 +102,7 @@ class SecureFederation:
                 update = passed.updates.take([row])
                 if self._run.strategy.weights == "uniform":
                     update = uniform(update)
-                sums = sums or self._sum(plan, update, largest)
+                sums = sums or self._sum(plan, combiner, update, largest)
                 metrics = metrics or named(update.metrics)
                 group, place = member[client]
                 key = _rounding(seed, plan.round, client)
@@ -114,7 +118,7 @@ class SecureFederation:
                 parts.append((survivors, sums.decode(total.words, len(survivors), metrics)))
             yield from found[1]
         if parts:
-            whole = secure.cohort(parts, self._strategy.combine, plan)
+            whole = secure.cohort(parts, combiner, plan)
             whole.capped.extend(c for c in capped if c in set(whole.participants))
             yield whole
 
@@ -141,8 +145,29 @@ class SecureFederation:
         """Ends the engine."""
         self._inner.close()
 
-    def _sum(self, plan: TrainPlan, update: Updates, clients: int) -> SecureSum:
-        combine = self._strategy.combine
+    def _combiner(self, plan: TrainPlan) -> Combiner:
+        """The round's: the strategy's own, or under client-level privacy a bounded sum.
+
+        A client is clipped before its numbers are rounded. Rounding may make it longer by a step
+        in each number, so it is clipped that much shorter: the sensitivity stays what was stated.
+        """
+        parts = plan.fold.parts if isinstance(plan.fold, Fold) else None
+        if parts is None:
+            return self._strategy.combine
+        bits = value_bits(len(plan.clients), self._section)
+        numbers = sum(t.numel() for t in plan.expected().values())
+        longer = math.sqrt(numbers) * 2 * self._section.clip / (2**bits - 1)
+        share = 1 - longer / parts.clip.clip_norm
+        if share < 0.5:
+            raise InputError(
+                f"rounding to {bits} bits may lengthen a delta by {longer:.3g}, and clip_norm is "
+                f"{parts.clip.clip_norm:g}",
+                where="[secure_aggregation]",
+                fix="set a smaller clip, more bits, or a larger clip_norm",
+            )
+        return private_sum(parts._replace(cap=parts.cap / share))
+
+    def _sum(self, plan: TrainPlan, combine: Combiner, update: Updates, clients: int) -> SecureSum:
         combiner = weighted_mean() if combine.merge is None else combine
         tensors = plan.expected()
         cap = 1.0 if self._run.strategy.weights == "uniform" else self._cap

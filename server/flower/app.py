@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from umbel.core import run_file
 from umbel.core.errors import RunError
 from umbel.server.flower.grid import GridFederation
+from umbel.server.flower.secure_grid import secured
 from umbel.server.records import RoundRecord
 
 
@@ -111,14 +112,17 @@ def main(grid: Grid, context: Context) -> None:
     """A deployed run.
 
     Its run config holds ``run``, the resolved run file as JSON; ``sites``, how many to wait for, at
-    most ``wait`` seconds; and ``resume``, the id of a run to go on with, or an empty string.
+    most ``wait`` seconds; ``resume``, the id of a run to go on with, or an empty string; and, for
+    secure aggregation, ``peers``: the sites' pinned keys, a JSON object of hexadecimal digits.
     """
     from umbel.server.serve import serve
 
     settings = context.run_config
     run = run_file.resolve(json.loads(str(settings["run"])), "run config")
     sites, wait = int(str(settings["sites"])), float(str(settings["wait"]))
-    federation = GridFederation(grid, run, sites=sites, wait=wait)
+    inner = GridFederation(grid, run, sites=sites, wait=wait)
+    peers = json.loads(str(settings.get("peers", "")) or "{}")
+    federation = secured(inner, {str(n): bytes.fromhex(key) for n, key in peers.items()})
     print(f"{sites} sites: {', '.join(federation.clients())}", flush=True)
 
     def on_round(record: RoundRecord) -> None:

@@ -77,6 +77,7 @@ def carry_out(settings: Settings, orders: Orders) -> str:
     """
     from umbel.server.flower.grid import GridFederation
     from umbel.server.flower.link import LinkGrid, Peer, open_factory, running
+    from umbel.server.flower.secure_grid import secured
     from umbel.server.serve import serve
     from umbel.server.store import RunStore
 
@@ -98,7 +99,8 @@ def carry_out(settings: Settings, orders: Orders) -> str:
     with running(state) as link:
         grid = LinkGrid(state, link, settings.job, key, peers, refused)
         sites = settings.sites or len(peers)
-        federation = GridFederation(grid, run, sites=sites, wait=settings.wait)
+        inner = GridFederation(grid, run, sites=sites, wait=settings.wait)
+        federation = secured(inner, {peer.name: peer.identity for peer in peers.values()})
         say("sites", names=list(federation.clients()))
         started: list[str] = []
 

@@ -21,7 +21,6 @@ from umbel.core.payloads import (
     Updates,
     pack,
 )
-from umbel.core.run_file import RunFile
 from umbel.datasets.federated import Info
 from umbel.privacy.secure_aggregation.context import context_of
 from umbel.privacy.secure_aggregation.identities import Directory, simulated
@@ -29,6 +28,7 @@ from umbel.privacy.secure_aggregation.server import Aborted, Outbox, Server, Sta
 from umbel.privacy.secure_aggregation.terms import Terms
 from umbel.server import secure
 from umbel.server.flower.grid import SLACK, GridFederation
+from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import Strategy
 from umbel.strategies.parts.combine import weighted_mean
 from umbel.strategies.parts.secure_sum import SecureMeans, SecureSum, Sum, value_bits
@@ -51,9 +51,8 @@ class SecureGrid:
     """The clients behind a Grid, summed under masks.
 
     Args:
-        inner: the clients.
-        run: the run file.
-        strategy: what it names.
+        inner: the clients, and their run.
+        strategy: what the run names.
         peers: client -> raw Ed25519 key, as it was pinned at the sites; ``None`` in a simulation.
     Raises:
         InputError: the run cannot be summed securely, or a client is not among the peers.
@@ -62,10 +61,10 @@ class SecureGrid:
     def __init__(
         self,
         inner: GridFederation,
-        run: RunFile,
         strategy: Strategy,
         peers: Mapping[str, bytes] | None,
     ) -> None:
+        run = inner.run
         secure.check(run, strategy.combine, len(inner.clients()))
         if run.secure_aggregation.accounting_only:
             raise InputError(
@@ -73,7 +72,21 @@ class SecureGrid:
                 where="[secure_aggregation] accounting_only",
                 fix="remove it, or simulate in process",
             )
-        self._inner, self._run, self._strategy = inner, run, strategy
+        if (run.privacy.unit, run.privacy.place) == ("client", "server"):
+            raise InputError(
+                "unit = 'client' with noise at the server needs deltas that are clipped under the "
+                "mask, which remote clients do not do yet",
+                where="[privacy] place",
+                fix="set place = 'client', or simulate in process",
+            )
+        if run.privacy.unit == "example" and run.privacy.noise_multiplier is None:
+            raise InputError(
+                "noise cannot be calibrated where nobody tells how many examples it has",
+                where="[privacy] noise_multiplier",
+                fix="state it; each site's own ledger counts what it costs there",
+            )
+        self.run = run
+        self._inner, self._strategy = inner, strategy
         self._section = run.secure_aggregation
         if peers is None:
             peers = {c: simulated(run.run.seed, c).public_key for c in inner.clients()}
@@ -101,7 +114,7 @@ class SecureGrid:
         combine = self._strategy.combine
         combiner = weighted_mean() if combine.merge is None else combine
         expected = plan.expected()
-        groups = secure.deal(plan, self._run.run.seed, self._section.groups)
+        groups = secure.deal(plan, self.run.run.seed, self._section.groups)
         bits = value_bits(max(map(len, groups)), self._section)
         sums = SecureSum(
             combiner,
@@ -109,7 +122,7 @@ class SecureGrid:
             expected,
             frozenset(plan.model.buffers),
             self._section,
-            secure.cap_of(self._run),
+            secure.cap_of(self.run),
             bits,
         )
         document = pack({**plan.model.tensors(), **plan.shared})
@@ -131,7 +144,7 @@ class SecureGrid:
         if len(tested) < self._section.min_cohort:
             return
         bits = value_bits(len(tested), self._section)
-        means = SecureMeans(self._section, secure.cap_of(self._run), bits)
+        means = SecureMeans(self._section, secure.cap_of(self.run), bits)
         document = pack(plan.model.tensors())
         size = means.layout.size
         for found in self._carry_out("evaluate", plan, [tested], size, bits, document):
@@ -215,6 +228,15 @@ class SecureGrid:
             for group in there:
                 group.out = group.server.advance()
         return [group.found(names) for group in rounds]
+
+
+def secured(
+    inner: GridFederation, peers: Mapping[str, bytes] | None
+) -> GridFederation | SecureGrid:
+    """``inner``, or as :class:`SecureGrid` where the run asks for it."""
+    if not inner.run.secure_aggregation.enabled:
+        return inner
+    return SecureGrid(inner, build_strategy(inner.run.strategy), peers)
 
 
 class _Group:

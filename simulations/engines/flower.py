@@ -9,7 +9,6 @@ from pathlib import Path
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.datasets.federated import FederatedData
-from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import ClientRule
 from umbel.tasks.task import Task
 
@@ -34,6 +33,7 @@ def flower(
     from umbel.client.flower.kept import FOLDER
     from umbel.server.flower.app import simulation
     from umbel.server.flower.grid import GridFederation
+    from umbel.server.flower.secure_grid import secured
     from umbel.server.store import RunStore
 
     if run.data.path is not None:  # workers need not share this process's working directory
@@ -43,11 +43,7 @@ def flower(
     grid, alive, end = simulation(app, len(data.names))
     try:
         federation = GridFederation(grid, run, sites=len(data.names), alive=alive, end=end)
-        if not run.secure_aggregation.enabled:
-            return federation
-        from umbel.server.flower.secure_grid import SecureGrid
-
-        return SecureGrid(federation, run, build_strategy(run.strategy), None)
+        return secured(federation, None)
     except BaseException:
         end()
         raise

@@ -143,29 +143,22 @@ class SecureSum:
         }
 
     def _measure(self, buffers: frozenset[str], section: SecureAggregation) -> list[Leaf]:
-        """Every place of the accumulator, found by adding one update with two weights."""
-        once, twice = (self._probe(weight) for weight in (1.0, 2.0))
-        leaves = []
-        for (path, value), (_, doubled) in zip(_walk(once), _walk(twice), strict=True):
-            numbers, grown = _numbers(value), _numbers(doubled)
-            weighted = not np.array_equal(numbers, grown)
-            # A whole number that does not depend on the weight counts clients.
-            counts = isinstance(value, int) and not weighted
-            clip = section.buffer_clip if buffers & {str(p) for p in path} else section.clip
-            # A single number that is as large as the weight is a sum of weights, at most the cap.
-            if not isinstance(value, Tensor):
-                clip = 1.0
-            leaves.append(
-                Leaf(path, numbers.size, clip, self._cap if weighted else 1.0, counts=counts)
-            )
-        return leaves
-
-    def _probe(self, weight: float) -> Any:
-        delta = {
+        """Every place of the accumulator, found by adding a delta of ones with the most weight."""
+        ones = {
             name: torch.ones((1, *t.shape), dtype=t.dtype) for name, t in self._template.items()
         }
-        updates = Updates(1, ["probe"], delta, torch.tensor([weight], dtype=torch.float64))
-        return self._combiner.add(self._zero(), updates)
+        weights = torch.tensor([self._cap], dtype=torch.float64)
+        probe = self._combiner.add(self._zero(), Updates(1, ["probe"], ones, weights))
+        leaves = []
+        for path, value in _walk(probe):
+            numbers = _numbers(value)
+            clip = section.buffer_clip if buffers & {str(p) for p in path} else section.clip
+            if not isinstance(value, Tensor):
+                clip = 1.0  # a sum of weights or of shares of the cap: as large as the scale
+            scale = max(1.0, float(np.abs(numbers).max(initial=0.0)))
+            counts = isinstance(value, int)  # of clients
+            leaves.append(Leaf(path, numbers.size, clip, scale, counts))
+        return leaves
 
 
 class SecureMeans:

@@ -76,7 +76,7 @@ def federation(
     nodes = configs or [{"partition-id": i, "num-partitions": CLIENTS} for i in range(CLIENTS)]
     grid = LocalGrid(client_app, nodes, **({} if tamper is None else {"tamper": tamper}))
     inner = GridFederation(grid, run, sites=len(nodes))
-    return grid, SecureGrid(inner, run, prepare(run).strategy, peers)
+    return grid, SecureGrid(inner, prepare(run).strategy, peers)
 
 
 def plan(prepared: Prepared, number: int = 1) -> TrainPlan:

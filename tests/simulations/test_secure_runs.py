@@ -340,3 +340,22 @@ def test_what_workers_fold_is_a_sum_and_goes_under_masks_whole(name: str) -> Non
     assert found.delta.keys() == expected.delta.keys()
     for key, tensor in expected.delta.items():
         torch.testing.assert_close(found.delta[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_client_level_privacy_clips_under_the_mask(tmp_path: Path) -> None:
+    privacy = {"unit": "client", "noise_multiplier": 0.0, "clip_norm": 0.05, "delta": 1e-3}
+    strategy = {"weights": "uniform"}
+    plain = simulate(
+        run_file(None, tmp_path / "plain", privacy=privacy, strategy=strategy), engine="sequential"
+    )
+    hidden = simulate(
+        run_file({}, tmp_path / "hidden", privacy=privacy, strategy=strategy), engine="sequential"
+    )
+    assert plain.status == hidden.status == "finished"
+    left, right = model_of(plain.model), model_of(hidden.model)
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, rtol=0, atol=1e-5)
+    free = model_of(
+        simulate(run_file(None, tmp_path / "free", strategy=strategy), engine="sequential").model
+    )
+    assert any(not torch.allclose(free[n], t, atol=1e-3) for n, t in left.items()), "it clips"
