@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from umbel.core.errors import InputError
 from umbel.core.trees import Tree
 from umbel.strategies.parts import ClientRule, Local
 from umbel.strategies.parts.rule import model_part
@@ -59,6 +60,22 @@ class Passes:
         found = self._pass(params, batch, features=True).features
         assert found is not None
         return found
+
+    def parts(self, params: Tree, batch: Tree) -> Tensor:
+        """The losses of several tasks in one, (B, parts); not weighted.
+
+        Raises:
+            InputError: the task is one.
+        """
+        if self._task.parts is None:
+            raise InputError(
+                "this strategy weighs the parts of a task against each other, and the task has one",
+                where="[strategy]",
+                fix="set [task] kind = 'multi-task', or choose another strategy",
+            )
+        params = model_part(params)
+        tensors = dict(params) if _same(params, self._own) else {**params, **self._buffers()}
+        return self._task.parts(self._forward(tensors), batch)
 
     def figures(self, batch: Batch) -> dict[str, Tensor]:
         """Loss and metrics of the client's own parameters, (B,) each, without gradients."""

@@ -12,6 +12,7 @@ from umbel.core.trees import Tree, map_tree
 from umbel.strategies.fedavg import fedavg
 from umbel.strategies.parts import ClientRule, Local, Strategy
 from umbel.strategies.parts.meta import adapt, deal, gradient
+from umbel.strategies.parts.multi import towards
 from umbel.strategies.parts.rule import Forward
 
 
@@ -38,15 +39,17 @@ def per_fedavg(
     def objective(forward: Forward, local: Local, batch: Tree, mask: Tensor | None) -> Tensor:
         first, second, third = deal(batch, mask, [1 / 3, 1 / 3])
         params = map_tree(torch.Tensor.detach, local.params)
-        towards = gradient(forward, adapt(forward, params, first, inner_lr, 1, first=True), second)
+        direction = gradient(
+            forward, adapt(forward, params, first, inner_lr, 1, first=True), second
+        )
         if hessian == "free":
-            ahead = gradient(forward, map_tree(lambda p, g: p + step * g, params, towards), third)
-            behind = gradient(forward, map_tree(lambda p, g: p - step * g, params, towards), third)
-            towards = map_tree(
-                lambda g, a, b: g - inner_lr * (a - b) / (2 * step), towards, ahead, behind
+            ahead = gradient(forward, map_tree(lambda p, g: p + step * g, params, direction), third)
+            behind = gradient(
+                forward, map_tree(lambda p, g: p - step * g, params, direction), third
             )
-        # A scalar whose gradient is that direction.
-        products = [(local.params[n] * g.detach()).sum() for n, g in towards.items()]
-        return torch.stack(products).sum()
+            direction = map_tree(
+                lambda g, a, b: g - inner_lr * (a - b) / (2 * step), direction, ahead, behind
+            )
+        return towards(local.params, direction)
 
     return fedavg(server_lr=server_lr)._replace(client=ClientRule(objective=objective))

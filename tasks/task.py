@@ -36,6 +36,7 @@ class Task(NamedTuple):
         test: the task that evaluation measures; ``None``: this one.
         test_episodes: how many evaluation draws, where batches are episodes.
         adapt: (model, episode) -> the model that evaluation asks about it; ``None``: as it is.
+        parts: (model, batch) -> (B, parts), the losses of several tasks in one, not weighted.
     """
 
     build: Callable[[], nn.Module]
@@ -48,3 +49,4 @@ class Task(NamedTuple):
     test: Task | None = None
     test_episodes: int = 200
     adapt: Callable[[nn.Module, Batch], Forward] | None = None
+    parts: Callable[[Forward, Batch], Tensor] | None = None

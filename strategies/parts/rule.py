@@ -53,6 +53,7 @@ class Ended(NamedTuple):
         lr: the learning rate of the round.
         examples: how many it holds, a scalar.
         loss: the mean loss of the global model over them, a scalar; 0 unless the rule asks.
+        momentum: of the client's SGD.
     """
 
     params: Tree
@@ -63,6 +64,7 @@ class Ended(NamedTuple):
     lr: float
     examples: Tensor
     loss: Tensor
+    momentum: float = 0.0
 
 
 class Delivered(NamedTuple):
@@ -91,6 +93,9 @@ class Forward(Protocol):
 
     def features(self, params: Tree, batch: Tree) -> Tensor:
         """What the model's last layer with parameters is given, (B, …)."""
+
+    def parts(self, params: Tree, batch: Tree) -> Tensor:
+        """The losses of several tasks in one, (B, parts); not weighted."""
 
 
 LossTerm: TypeAlias = Callable[[Local], Tensor]
@@ -128,7 +133,8 @@ class ClientRule(NamedTuple):
         after: (parameters after a step, the gradient that the optimizer was given, ``Local``) ->
             parameters, of the same names.
         initial_loss: whether ``end`` is told the loss of the global model.
-        plain_sgd: whether the mathematics assumes SGD without momentum.
+        sgd: whether the mathematics assumes SGD, perhaps with momentum.
+        plain_sgd: whether it assumes SGD without.
     """
 
     loss_terms: tuple[LossTerm, ...] = ()
@@ -142,6 +148,7 @@ class ClientRule(NamedTuple):
     joint: tuple[str, ...] = ()
     after: Callable[[Tree, Tree, Local], Tree] | None = None
     initial_loss: bool = False
+    sgd: bool = False
     plain_sgd: bool = False
 
     @property
