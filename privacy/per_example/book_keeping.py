@@ -61,9 +61,7 @@ class BookKeeping:
                 raise Unsupported(f"the parameters of '{name}' are shared, or trained in part")
             if isinstance(layer, nn.Embedding) and (layer.max_norm or layer.scale_grad_by_freq):
                 raise Unsupported(f"an option of '{name}'")
-            if isinstance(layer, nn.Conv2d) and (
-                layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-            ):
+            if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
                 raise Unsupported(f"the padding of '{name}'")
             self._layers[name] = layer
 

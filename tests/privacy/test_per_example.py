@@ -28,10 +28,10 @@ def losses(forward: Forward, batch: Batch) -> Tensor:
 class Cnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.first = nn.Conv2d(1, 4, (3, 4), padding="same")
         self.norm = nn.GroupNorm(2, 4)
-        self.second = nn.Conv2d(4, 6, 3, stride=2, groups=2)
-        self.last = nn.Linear(6 * 9, 3)
+        self.second = nn.Conv2d(4, 6, 3, stride=2, padding=(0, 1), groups=2)
+        self.last = nn.Linear(6 * 12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.norm(self.first(x))), 2)
