@@ -18,8 +18,8 @@ import flwr.app
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
-from flwr.app.message.array import SType
 from flwr.app.message.recorddict import _SyncedDict
+from flwr.common.constant import SType
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _START = len(_MAGIC)

@@ -11,7 +11,7 @@ import flwr.app
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
-from flwr.app.message.array import SType
+from flwr.common.constant import SType
 
 from umbel.server.flower import quick_records
 from umbel.server.flower.quick_records import quicken
