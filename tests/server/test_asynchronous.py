@@ -17,8 +17,9 @@ from umbel.core.errors import InputError, RunError
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates
 from umbel.core.run_file import RunFile, resolve
 from umbel.core.trees import Model
-from umbel.server.asynchronous import asynchronous, restored, stored
+from umbel.server.asynchronous import asynchronous
 from umbel.server.clock import Period, course
+from umbel.server.in_flight import restored, stored
 from umbel.server.records import RoundRecord, RoundResult, Scores
 from umbel.server.rounds import Start
 from umbel.simulations.simulate import Outcome, simulate
@@ -239,6 +240,45 @@ def test_a_failure_takes_its_place_in_the_buffer_and_is_named() -> None:
 def test_a_run_in_which_nobody_delivers_ends() -> None:
     with pytest.raises(RunError, match="no valid update in 3 round"):
         go(Scripted(2, failing=["c0", "c1"]), 9, name="fedbuff", buffer=1)
+
+
+class Remote(Scripted):
+    """Clients whose replies come after as many looks as their number says."""
+
+    def attend(self, plan: TrainPlan) -> Iterator[Updates | Failure | None]:
+        left = {client: int(client[1:]) for client in plan.clients}
+        replies = {}
+        for item in self.train(plan):
+            replies[item.client if isinstance(item, Failure) else item.clients[0]] = item
+        while left:
+            for client in [c for c, looks in left.items() if looks <= 0]:
+                del left[client]
+                yield replies[client]
+            left = {client: looks - 1 for client, looks in left.items()}
+            if left:
+                yield None
+
+
+def test_in_real_time_the_server_takes_replies_as_they_come() -> None:
+    federation = Remote(4, failing=["c3"])
+    results = go(federation, 12, name="fedbuff", buffer=2, speed="real", staleness="constant")
+    assert [r.record.round for r in results] == list(range(1, 13))
+    w = 0.0
+    for result in results:
+        came = result.record.participants
+        assert len(came) + len(result.record.failures) == 2
+        w += sum(int(client[1:]) for client in came) / len(came)
+        assert float(result.model.params["w"]) == pytest.approx(w)
+    ages = [age for r in results for age in r.record.staleness]
+    assert 0 in ages
+    assert max(ages) > 0
+    assert any(r.record.failures == [Failure("c3", "out of memory")] for r in results)
+    assert all(r.record.virtual_time is None for r in results)
+
+
+def test_real_time_needs_remote_clients() -> None:
+    with pytest.raises(InputError, match="waits for remote clients"):
+        go(Scripted(2), 2, name="fedbuff", buffer=1, speed="real")
 
 
 @pytest.mark.parametrize(
