@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from umbel.core import run_file
 from umbel.core.errors import InputError
-from umbel.core.payloads import unpack
 from umbel.core.run_file import RunFile
 from umbel.privacy.audits import one_run, one_shot
 from umbel.simulations.audits import canary_parts
 from umbel.simulations.audits.canary_parts import LAYER
-from umbel.simulations.simulate import simulate
+from umbel.simulations.audits.trained import how, trained
 
 PARTS = "umbel.simulations.audits.canary_parts"
 
@@ -92,7 +88,8 @@ def audit(
         announce: told what the run has to tell.
 
     Raises:
-        InputError: the run has no unit of privacy, or as :func:`simulate`.
+        InputError: the run has no unit of privacy, or as
+            :func:`umbel.simulations.simulate.simulate`.
     """
     section = run.privacy
     if section.unit == "none":
@@ -101,10 +98,7 @@ def audit(
             where="[privacy] unit",
             fix='set unit = "example" or "client" and epsilon or noise_multiplier',
         )
-    with tempfile.TemporaryDirectory(prefix="umbel-audit-") as folder:
-        outcome = simulate(_planted(run, canaries, folder), engine=engine, announce=announce)
-        assert outcome.model is not None
-        tensors, _ = unpack(Path(outcome.model).read_bytes())
+    tensors, outcome = trained(_planted(run, canaries), engine, announce)
     scores = tensors[LAYER][:canaries, 0].double().numpy()
     included = canary_parts.coins(run.run.seed, canaries)
     stated = None if outcome.privacy is None else outcome.privacy["epsilon"]
@@ -122,8 +116,8 @@ def audit(
     )
 
 
-def _planted(run: RunFile, canaries: int, folder: str) -> RunFile:
-    """The run with canaries among its units."""
+def _planted(run: RunFile, canaries: int) -> dict[str, Any]:
+    """The tables of the run with canaries among its units."""
     section, client = run.privacy, run.client
     task = run.task.model_dump(exclude={"model"})
     reach = TOO_LONG * section.clip_norm
@@ -140,11 +134,8 @@ def _planted(run: RunFile, canaries: int, folder: str) -> RunFile:
         if key in ("lr", "batch_size", "local_epochs", "local_steps", "accumulation", "device")
         and value is not None
     }
-    how = run.run.model_dump(
-        include={"seed", "rounds", "processes", "engine_plan"}, exclude_none=True
-    )
     tables = {
-        "run": {**how, "name": "audit", "store": folder},
+        "run": how(run),
         "data": {
             "name": f"{PARTS}:data",
             "of": run.data.model_dump(exclude_none=True),
@@ -171,4 +162,4 @@ def _planted(run: RunFile, canaries: int, folder: str) -> RunFile:
         tables["task"]["model"] = (
             run.task.model if isinstance(run.task.model, str) else run.task.model.model_dump()
         )
-    return run_file.resolve(tables, "umbel audit canary")
+    return tables

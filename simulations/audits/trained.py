@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from umbel.core import run_file
+from umbel.core.errors import RunError
 from umbel.core.payloads import unpack
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Tree
-from umbel.simulations.simulate import Outcome, simulate
+from umbel.simulations.simulate import Outcome, ignore, simulate
 
 PARTS = "umbel.simulations.audits.parts"
 
 
-def trained(tables: Mapping[str, Any], engine: str = "vectorised") -> tuple[Tree, Outcome]:
+def trained(
+    tables: Mapping[str, Any],
+    engine: str = "vectorised",
+    announce: Callable[[str], None] = ignore,
+) -> tuple[Tree, Outcome]:
     """The final tensors, and how the run ended; nothing stays on disk.
 
     Raises:
@@ -25,8 +30,10 @@ def trained(tables: Mapping[str, Any], engine: str = "vectorised") -> tuple[Tree
     """
     with tempfile.TemporaryDirectory(prefix="umbel-audit-") as folder:
         here = {**tables.get("run", {}), "name": "audit", "store": folder}
-        outcome = simulate(run_file.resolve({**tables, "run": here}, "umbel audit"), engine=engine)
-        assert outcome.model is not None
+        run = run_file.resolve({**tables, "run": here}, "umbel audit")
+        outcome = simulate(run, engine=engine, announce=announce)
+        if outcome.model is None:
+            raise RunError("no round was done", where="umbel audit", fix="raise the budget")
         tensors, _ = unpack(Path(outcome.model).read_bytes())
     return tensors, outcome
 
