@@ -1,0 +1,56 @@
+"""Asynchronous runs on Flower's Grid: replies are pulled as they come."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from umbel.client.flower.app import app as client_app
+from umbel.core.run_file import resolve
+from umbel.server.asynchronous import asynchronous
+from umbel.server.flower.grid import GridFederation
+from umbel.server.records import Scores
+from umbel.server.rounds import Start
+from umbel.simulations.prepare import prepare
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+LocalGrid = _load("local_grid").LocalGrid
+CLIENTS = 3
+
+
+def test_a_slow_site_does_not_hold_up_the_others() -> None:
+    run = resolve(
+        {
+            "run": {"rounds": 6, "seed": 3},
+            "data": {"name": "breast-cancer", "split": {"kind": "iid", "clients": CLIENTS}},
+            "task": {"kind": "classification", "model": "logistic"},
+            "client": {"lr": 0.05, "local_steps": 3, "device": "cpu"},
+            "strategy": {"name": "fedbuff", "buffer": 2, "speed": "real"},
+            "evaluate": {"every": 0},
+        }
+    )
+    prepared = prepare(run)
+    configs = [{"partition-id": i, "num-partitions": CLIENTS} for i in range(CLIENTS)]
+    grid = LocalGrid(client_app, configs)
+    federation = GridFederation(grid, run, sites=CLIENTS)
+    grid.delay[1001] = 3600.0  # c1, from now on: its replies are never there in time
+    start = Start(0, prepared.model(), {})
+    results = list(
+        asynchronous(run, prepared.strategy, federation, start, lambda r, m: Scores({}, {}))
+    )
+    assert [sorted(r.record.participants) for r in results] == [["c0", "c2"]] * 6
+    assert all(r.record.staleness == [0, 0] for r in results)
+    first, last = prepared.model().params, results[-1].model.params
+    assert not any(torch.equal(first[name], last[name]) for name in first)
