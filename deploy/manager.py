@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from umbel.core import signing
@@ -30,7 +30,7 @@ ATTEMPTS = 5
 """Starts in a row without a new round, after which a run has failed."""
 RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 
-MODULE = "umbel.server.flower.run_process"
+COMMAND = (sys.executable, "-P", "-m", "umbel.server.flower.run_process")
 
 STUMBLE_SECONDS = 2.0
 
@@ -44,6 +44,7 @@ class Manager:
         folder: the server's.
         report: called with what an administrator should know.
         status: called often with what is going on, as plain values.
+        command: what carries out a run.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Manager:
         folder: ServerFolder,
         report: Callable[[str], None],
         status: Callable[[dict[str, Any]], None],
+        command: Sequence[str] = COMMAND,
     ) -> None:
         self._folder = folder
+        self._command = list(command)
         self._jobs = Jobs(folder.jobs_database)
         self._report = report
         self._status = status
@@ -135,7 +138,7 @@ class Manager:
         self._audit_job("run begins" if not job.run_id else "run goes on")
         with (self._folder.logs / "run.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", MODULE],
+                self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -177,7 +180,8 @@ class Manager:
                 self._audit_job("reply", site=event["site"], text=event["text"])
                 self._report(f"{event['site']}: {event['text']}")
             elif kind == "ended":
-                self._over(event["status"], event.get("error", ""))
+                hopeless = event.get("exit_code") in (2, 3)  # wrong, or refused: it stays so
+                self._over(event["status"], event.get("error", ""), hopeless=hopeless)
 
     def _obey(self, job: Job) -> None:
         if not job.wanted or job.wanted == self._told:
@@ -191,7 +195,7 @@ class Manager:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGINT)
 
-    def _over(self, status: str, error: str) -> None:
+    def _over(self, status: str, error: str, *, hopeless: bool = False) -> None:
         """Enters how the process ended; the run may go on."""
         assert self._job is not None
         job = self._jobs.get(self._job.id)
@@ -200,7 +204,7 @@ class Manager:
         if status in ("paused", "interrupted"):
             status = "paused"
         final = status in ("paused", "stopped", "finished", "budget_exhausted")
-        if not final and job.attempts < ATTEMPTS:
+        if not final and not hopeless and job.attempts < ATTEMPTS:
             pause = RETRY_SECONDS[min(job.attempts, len(RETRY_SECONDS)) - 1]
             self._not_before = time.monotonic() + pause
             self._jobs.change(job.id, error=f"{error}; trying again")

@@ -235,7 +235,7 @@ def write_kit(folder: ServerFolder, name: str) -> Path:
     members = folder.members()
     if name not in members:
         raise InputError(
-            f"'{name}' is not a member", where=str(folder.path), fix="umbel server sites"
+            f"'{name}' is not a member", where=str(folder.path), fix="umbel server status"
         )
     settings = folder.settings()
     kit = {
@@ -311,7 +311,7 @@ def revoke_site(folder: ServerFolder, name: str, revoke: Callable[[Path, int], N
     members = folder.members()
     if name not in members:
         raise InputError(
-            f"'{name}' is not a member", where=str(folder.path), fix="umbel server sites"
+            f"'{name}' is not a member", where=str(folder.path), fix="umbel server status"
         )
     revoke(folder.link_database, members[name].node_id)
     now = datetime.now(UTC).isoformat(timespec="seconds")

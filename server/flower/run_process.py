@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from umbel.core import run_file, signing
-from umbel.core.errors import UmbelError
+from umbel.core.errors import RefusedError, UmbelError
+from umbel.core.run_file import RunFile
 from umbel.server.records import RoundRecord
 
 PAUSE, STOP = "pause", "stop"
@@ -79,7 +80,6 @@ def carry_out(settings: Settings, orders: Orders) -> str:
     from umbel.server.flower.link import LinkGrid, Peer, open_factory, running
     from umbel.server.flower.secure_grid import secured
     from umbel.server.serve import serve
-    from umbel.server.store import RunStore
 
     run = run_file.resolve(settings.run, "run")
     peers = {
@@ -121,9 +121,18 @@ def carry_out(settings: Settings, orders: Orders) -> str:
             )
         except KeyboardInterrupt:
             return "paused"
+        except RefusedError:
+            if not started or _status(run, started[0]) != "budget_exhausted":
+                raise
+    return _status(run, started[0])
+
+
+def _status(run: RunFile, run_id: str) -> str:
+    from umbel.server.store import RunStore
+
     store = RunStore(run.run.store)
     try:
-        return store.get(started[0]).status  # a privacy budget may have ended it
+        return store.get(run_id).status
     finally:
         store.close()
 
