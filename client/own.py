@@ -97,11 +97,13 @@ class Left(NamedTuple):
     own: Trees
 
 
-def end(rule: ClientRule, trained: Tree, local: Local, taken: Taken, lr: float) -> Left:
+def end(
+    rule: ClientRule, trained: Tree, local: Local, taken: Taken, lr: float, momentum: float = 0.0
+) -> Left:
     """What a client sends and keeps, from what it trained and what the round began with."""
     own = {**local.own, **{letter: joined(trained, letter) for letter in rule.joint}}
     params = model_part(trained)
-    ended = Ended(params, local.anchor, local.shared, own, taken.steps, lr, *taken[1:])
+    ended = Ended(params, local.anchor, local.shared, own, taken.steps, lr, *taken[1:], momentum)
     delivered = Delivered() if rule.end is None else rule.end(ended)
     if unknown := sorted(delivered.own.keys() - own.keys()):
         raise ValueError(f"the rule keeps '{unknown[0]}', of which its state knows nothing")

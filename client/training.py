@@ -162,7 +162,9 @@ class ClientRuntime:
         with torch.no_grad():
             ended = map_tree(torch.Tensor.detach, trained)
             taken = own.Taken.of(len(schedule), n, loss)
-            left = own.end(self.rule, ended, local._replace(params=ended), taken, lr)
+            left = own.end(
+                self.rule, ended, local._replace(params=ended), taken, lr, section.momentum
+            )
         after = model_of(module)
         delta = {**_difference(after, model), **left.delta, **left.uploads}
         seen = sum(map(len, schedule))
@@ -352,13 +354,25 @@ def _leaves(params: Tree, start: Tree, anchor: Tree) -> dict[str, Tensor]:
 
 def _check(run: RunFile, rule: ClientRule, model: Model, private: Collection[str]) -> None:
     section = run.client
-    if rule.plain_sgd and (section.optimizer != "sgd" or section.momentum):
-        found = f"momentum = {section.momentum}" if section.momentum else section.optimizer
+    found = section.optimizer if section.optimizer != "sgd" else ""
+    if rule.plain_sgd and section.momentum:
+        found = f"momentum = {section.momentum}"
+    elif (rule.sgd or rule.plain_sgd) and section.nesterov:
+        found = "nesterov = true"
+    if found and (rule.sgd or rule.plain_sgd):
+        plain = "plain SGD" if rule.plain_sgd else "SGD"
         raise InputError(
-            f"strategy '{run.strategy.name}' assumes plain SGD at the clients, and [client] has "
+            f"strategy '{run.strategy.name}' assumes {plain} at the clients, and [client] has "
             f"{found}",
             where="[client]",
-            fix="set optimizer = 'sgd' and momentum = 0",
+            fix="set optimizer = 'sgd'" + (" and momentum = 0" if rule.plain_sgd else ""),
+        )
+    if rule.private is not None and not private:
+        raise InputError(
+            f"strategy '{run.strategy.name}' finds nothing in the model to keep private: it has "
+            f"{', '.join(list(model.tensors())[:6])} …",
+            where="[strategy]",
+            fix="name the client's own tensors, or use fedavg",
         )
     if model.params.keys() <= set(private):
         raise InputError(

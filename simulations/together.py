@@ -89,11 +89,11 @@ def closed(
         taken: of each, (C,).
         lr: the learning rate of the round.
     """
-    rule = runtime.rule
+    rule, momentum = runtime.rule, runtime.run.client.momentum
     trained = {n: t for n, t in tensors.items() if n in around.anchor or "/" in n}
 
     def one(now: Around, params: Tree, *figures: Tensor) -> own.Left:
-        return own.end(rule, params, now.local(params), own.Taken(*figures), lr)
+        return own.end(rule, params, now.local(params), own.Taken(*figures), lr, momentum)
 
     left = around.over(one, trained, *taken)
     keeps: dict[str, Tree] = dict(left.own)

@@ -26,6 +26,7 @@ from umbel.simulations.kernels.traced import Grouped, Stacked
 from umbel.simulations.residents import reason
 from umbel.strategies.parts import Trees
 from umbel.strategies.parts.rule import NONE
+from umbel.tasks.evaluate import per_example
 from umbel.tasks.task import Batch
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -199,8 +200,14 @@ def _plain(
 
     with devices.seeded(runtime.device, DRAWS):
         before = _generator_state(runtime.device)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        if runtime.rule.objective is None:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                objective, _ = runtime.objective(module, local, batch)
+        else:  # torch.func, which it may use, bears no hooks: two passes stand for all
             objective, _ = runtime.objective(module, local, batch)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                two = [per_example(runtime.task, copy.deepcopy(module), batch) for _ in range(2)]
+            del two
         drew = not torch.equal(before, _generator_state(runtime.device))
     found = torch.autograd.grad(objective, list(params.values()), materialize_grads=True)
     detached = {name: p.detach() for name, p in params.items()}

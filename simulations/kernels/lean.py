@@ -47,7 +47,7 @@ class Lean:
         moving = {**map_tree(lambda p: p.detach(), self._params), **dict(self._own.named_buffers())}
         start = {**anchor, **dict(self._subject.module.named_buffers())}
         around = chunk.around or Around(anchor)
-        stacks = {n: t.new_empty(clients, *t.shape) for n, t in start.items()}
+        stacks = {n: start[n].new_empty(clients, *t.shape) for n, t in moving.items()}
         stacks |= {n: torch.empty_like(t) for n, t in around.start.items() if "/" in n}
         totals: dict[str, Tensor] = {}
         counts = chunk.counts.tolist()

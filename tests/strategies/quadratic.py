@@ -71,7 +71,7 @@ class Quadratic:
         rule, anchor, shared = self._rule, plan.model.params, unflatten(plan.shared)
         mine = own.restored(self.kept.get(client), own.first(rule, plan.model), client)
         params: Tree = map_tree(torch.clone, own.start(rule, anchor, shared, mine))
-        loss = float(forward.losses(anchor, BATCH).mean())
+        loss = float(forward.losses(anchor, BATCH).mean().detach())
         for step in range(self._steps):
             leaves = map_tree(lambda t: t.detach().requires_grad_(), params)
             local = Local(leaves, anchor, shared, mine, step, self._steps)
