@@ -306,6 +306,8 @@ class SecureAggregation(Settings):
     """The same for training metrics."""
     groups: Count = 1
     """Random groups of a cohort, each summed by itself: robust strategies see the groups' sums."""
+    keep_setup: bool = False
+    """Engines in process: rounds of the same clients keep graph and agreed keys, under new masks."""
 
 
 class EarlyStopping(Settings):

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,11 +27,13 @@ from umbel.core.payloads import (
 )
 from umbel.core.run_file import RunFile
 from umbel.privacy.secure_aggregation.client import Client
+from umbel.privacy.secure_aggregation.client import Setup as ClientSetup
 from umbel.privacy.secure_aggregation.context import context_of
 from umbel.privacy.secure_aggregation.identities import Directory, Identity
 from umbel.privacy.secure_aggregation.in_process import nobody, run_round
 from umbel.privacy.secure_aggregation.keystream import Words
 from umbel.privacy.secure_aggregation.server import Aborted, Server, Stage, Total
+from umbel.privacy.secure_aggregation.server import Setup as ServerSetup
 from umbel.privacy.secure_aggregation.terms import Terms
 from umbel.server import secure
 from umbel.server.gate import Gate, weight_cap
@@ -68,6 +70,7 @@ class SecureFederation:
         self._silent = silent
         self._cap = weight_cap([], run.strategy.max_weight)
         self._identities: dict[str, Identity] = {}
+        self._kept: dict[tuple[str, ...], _Kept] = {}
 
     def clients(self) -> Sequence[str]:
         """The names of the clients."""
@@ -217,11 +220,29 @@ class SecureFederation:
         def payload(place: int) -> Callable[[], Words]:
             return lambda: vectors[place]
 
+        kept = self._kept.pop(tuple(names), None)
+        if kept is None or kept.clients.keys() != vectors.keys():
+            kept = _Kept(None, dict.fromkeys(vectors))
         clients = {
-            i: Client(i, identities[i], directory, terms, policy, payload(i)) for i in vectors
+            i: Client(
+                i,
+                identities[i],
+                directory,
+                terms,
+                policy,
+                payload(i),
+                section.keep_setup,
+                kept.clients[i],
+            )
+            for i in vectors
         }
-        server = Server(terms, directory, clients, secure.design(section), section.min_cohort)
+        server = Server(
+            terms, directory, clients, secure.design(section), section.min_cohort, kept.server
+        )
         found = run_round(server, clients, terms, silent=self._silent)
+        if section.keep_setup and isinstance(found, Total):
+            setups = {i: client.setup for i, client in clients.items()}
+            self._kept[tuple(names)] = _Kept(server.setup, setups)
         lost = {names[i]: f"secure aggregation: {why}" for i, why in server.lost.items()}
         if isinstance(found, Aborted):
             there = [names[i] for i in vectors]
@@ -233,6 +254,13 @@ class SecureFederation:
         if name not in self._identities:
             self._identities[name] = Identity.generate()
         return self._identities[name]
+
+
+class _Kept(NamedTuple):
+    """What a group keeps for its next round: the server's part, and each client's."""
+
+    server: ServerSetup | None
+    clients: dict[int, ClientSetup | None]
 
 
 _NONE: Words = np.zeros(0, dtype=np.uint32)

@@ -72,6 +72,19 @@ class SecureGrid:
                 where="[secure_aggregation] accounting_only",
                 fix="remove it, or simulate in process",
             )
+        if strategy.client.keeps and run.strategy.weights == "examples":
+            raise InputError(
+                f"strategy '{run.strategy.name}' needs the cohort's share of all examples, and "
+                "nobody tells how many there are",
+                where="[strategy] weights",
+                fix="set weights = 'uniform'",
+            )
+        if run.secure_aggregation.keep_setup:
+            raise InputError(
+                "remote clients agree on new keys in every round",
+                where="[secure_aggregation] keep_setup",
+                fix="remove it",
+            )
         if (run.privacy.unit, run.privacy.place) == ("client", "server"):
             raise InputError(
                 "unit = 'client' with noise at the server needs deltas that are clipped under the "

@@ -312,6 +312,8 @@ def test_a_run_of_sites_with_pinned_keys(tmp_path: Path) -> None:
 def test_masks_are_never_skipped_at_sites() -> None:
     with pytest.raises(InputError, match="accounting_only masks nothing"):
         federation(run_file(secure={"accounting_only": True}))
+    with pytest.raises(InputError, match="share of all examples"):
+        federation(run_file(strategy={"name": "scaffold"}))
     with pytest.raises(InputError, match="no pinned identity key"):
         federation(run_file(), peers={})
 

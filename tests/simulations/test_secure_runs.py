@@ -14,6 +14,7 @@ from umbel.core import registry
 from umbel.core.errors import InputError
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates
 from umbel.core.run_file import RunFile, Strategy, resolve
+from umbel.privacy.secure_aggregation.agreement import KeyPair
 from umbel.privacy.secure_aggregation.server import Stage
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundResult
@@ -340,6 +341,27 @@ def test_what_workers_fold_is_a_sum_and_goes_under_masks_whole(name: str) -> Non
     assert found.delta.keys() == expected.delta.keys()
     for key, tensor in expected.delta.items():
         torch.testing.assert_close(found.delta[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_fixed_cohort_agrees_on_keys_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agreed: list[int] = []
+    agree = KeyPair.agree
+
+    def counted(self: KeyPair, public_key: bytes, member: int) -> bytes:
+        agreed.append(member)
+        return agree(self, public_key, member)
+
+    monkeypatch.setattr(KeyPair, "agree", counted)
+    models = []
+    for keep, times in ((True, 1), (False, 2)):
+        agreed.clear()
+        run = run_file({"keep_setup": keep}, tmp_path / str(keep), strategy={"cohort": CLIENTS})
+        models.append(model_of(simulate(run, engine="sequential").model))
+        assert len(agreed) == times * CLIENTS * (CLIENTS - 1)
+    for name, tensor in models[0].items():
+        assert torch.equal(tensor, models[1][name])
 
 
 def test_client_level_privacy_clips_under_the_mask(tmp_path: Path) -> None:
