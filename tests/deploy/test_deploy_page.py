@@ -59,7 +59,7 @@ def test_ten_commands_join_a_site(
 
 
 def test_the_pages_policy_is_one() -> None:
-    (block,) = re.findall(r"^```toml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```text\n(\[allow\].*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     policy: Policy = parse(Policy, tomllib.loads(block), "docs/deploy.md")
     privacy = {"unit": "example", "noise_multiplier": 1.0, "epsilon": 3.0}
     check_run(policy, resolve({**tomllib.loads(RUN), "privacy": privacy}))
