@@ -93,7 +93,7 @@ def base_hash(module: nn.Module) -> str | None:
             any_frozen = True
             digest.update(f"{name}\x1f{parameter.dtype}\x1f{tuple(parameter.shape)}\x1f".encode())
             raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(raw.numpy()))
+            digest.update(raw.numpy().tobytes())
     return digest.hexdigest() if any_frozen else None
 
 

@@ -129,4 +129,5 @@ def as_params(tensors: Mapping[str, Any], params: Tree) -> dict[str, Tensor]:
 def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     """Initial values of an A, (rank, inputs): as PEFT draws them (Kaiming, ``a = sqrt(5)``)."""
     draw = torch.rand(like.shape, generator=generator, dtype=torch.float64)
-    return ((2 * draw - 1) / like.shape[1] ** 0.5).to(like.dtype).to(like.device)
+    values: Tensor = (2 * draw - 1) / like.shape[1] ** 0.5
+    return values.to(like.dtype).to(like.device)

@@ -99,4 +99,6 @@ def layers(module: nn.Module) -> list[Any]:
 
 
 def _add_residual(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + layer.scaling["default"] * layer.lora_residual(inputs[0]).to(output.dtype)
+    added: Tensor = layer.lora_residual(inputs[0])
+    scale: float = layer.scaling["default"]
+    return output + scale * added.to(output.dtype)

@@ -32,8 +32,8 @@ class Block(nn.Module):
         q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
         seen = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
         x = x + self.drop(self.out(seen.transpose(1, 2).reshape(batch, length, width)))
-        inner: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
-        return x + self.drop(inner)
+        out: Tensor = x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+        return out
 
 
 class GPT(nn.Module):

@@ -79,7 +79,7 @@ def transformers(
             where=WHERE,
             fix='config = { model_type = "gpt2", n_layer = 2 }, or path = "folder"',
         )
-    auto = {
+    auto: Any = {
         "causal": hf.AutoModelForCausalLM,
         "masked": hf.AutoModelForMaskedLM,
         "class": hf.AutoModelForSequenceClassification,

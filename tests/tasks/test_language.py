@@ -16,6 +16,9 @@ from umbel.core.errors import InputError
 from umbel.core.run_file import resolve
 from umbel.core.trees import Tree
 from umbel.datasets.federated import Info
+from umbel.privacy.per_example.choose import choose
+from umbel.privacy.per_example.clipped import Bounds
+from umbel.privacy.per_example.functional import OneByOne
 from umbel.tasks.begin import base_hash
 from umbel.tasks.build import build_task, initial_module, model_of
 from umbel.tasks.language.hidden import hide, uniform
@@ -175,6 +178,14 @@ def test_gradients_of_all_records_at_once_are_those_of_one_after_another(
             gradients, torch.stack([g[name] for g in alone]), atol=1e-6, rtol=1e-4
         )
     assert sum(float(g.square().sum()) for g in found.values()) > 0
+    for name, tensor in model_of(module).params.items():
+        tensor.copy_(params[name])
+    bounds = Bounds(0.5)
+    how, method, refused = choose(module, task.losses, batch, bounds)
+    assert how != "one-by-one", refused
+    truth = OneByOne(module, task.losses)(batch, bounds)
+    for name, total in method(batch, bounds).total.items():
+        torch.testing.assert_close(total, truth.total[name], atol=1e-6, rtol=1e-4)
     if adapter:
         assert 0 < sum(p.numel() for p in params.values()) < 4000
         assert base_hash(module) is not None
