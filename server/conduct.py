@@ -146,7 +146,7 @@ def _guard(
     return Guard(
         run,
         strategy,
-        model,
+        strategy.travelling(model),
         federation.clients(),
         federation.examples(),
         sources or system_sources(),
