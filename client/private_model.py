@@ -56,9 +56,9 @@ def check_model(run: RunFile, task: Task, module: nn.Module, batch: Batch) -> No
                 f"'{name}' ({type(module.get_submodule(name)).__name__}) {why}",
                 "use GroupNorm in its place",
             )
-    if (name := _moving_buffer(task, module, batch)) is not None:
+    if (moving := _moving_buffer(task, module, batch)) is not None:
         raise _refused(
-            f"its buffer '{name}' changes in training: what it learns of the data is never noised",
+            f"its buffer '{moving}' changes in training: what it learns of the data is never noised",
             "use layers without running statistics, such as GroupNorm",
         )
     if unit == "example" and _coupled(task, module, batch):

@@ -194,8 +194,10 @@ def _opacus(module: Any, losses: Any, batch: Any) -> dict[str, Callable[[], obje
     import torch
 
     try:
-        from opacus.grad_sample import GradSampleModule
-        from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
+        from opacus.grad_sample import (  # type: ignore[import-untyped]
+            GradSampleModule,
+        )
+        from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (  # type: ignore[import-untyped]  # noqa: E501
             GradSampleModuleFastGradientClipping,
         )
     except ImportError:
@@ -224,7 +226,7 @@ def _opacus(module: Any, losses: Any, batch: Any) -> dict[str, Callable[[], obje
 
         def step() -> object:
             found = losses(wrapped, batch)
-            found.sum().backward(retain_graph=True)
+            found.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
             factors = wrapped.get_clipping_coef()
             wrapped.zero_grad()
             wrapped.disable_hooks()

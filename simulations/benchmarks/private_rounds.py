@@ -19,7 +19,7 @@ from umbel.simulations.benchmarks.parts import workloads
 GOAL = 2.0
 """The most that a private round may take, in plain rounds."""
 
-PRIVACY = {
+PRIVACY: dict[str, dict[str, Any]] = {
     "none": {"unit": "none"},
     "example": {"unit": "example", "noise_multiplier": 1.0},
     "client": {"unit": "client", "noise_multiplier": 1.0},
