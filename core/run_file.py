@@ -356,6 +356,9 @@ class Evaluate(Settings):
     """Which of the task's metrics to report; ``None``: all."""
     per_client: bool | None = None
     """Each client's own figures; ``None``: where clients have test parts and are at most 100."""
+    fine_tune_steps: Natural = 0
+    """Also the figures of each client after so many local steps from the global model, which are
+    never fed back; 0: no such figures."""
     early_stopping: EarlyStopping | None = None
     """``None``: the run makes all its rounds."""
 

@@ -11,6 +11,7 @@ from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, Federation, S
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
 from umbel.datasets.federated import Arrays
+from umbel.server.personal_scores import base, is_personal, of_global, spread
 from umbel.server.records import Scores
 from umbel.server.rounds import Evaluate
 from umbel.strategies.parts import Strategy
@@ -67,7 +68,7 @@ def at_clients(
                 found.append(item)
         found.sort(key=lambda e: e.client)  # sums are taken in client order
         each = {e.client: e.metrics for e in found} if per_client else {}
-        return Scores(_union(found), each, failures)
+        return Scores({**_union(found), **spread(found)}, each, failures)
 
     return scores
 
@@ -101,14 +102,17 @@ def evaluation(
         per_client = len(federation.clients()) <= MANY and not run.secure_aggregation.enabled
     clients = at_clients(run, federation, per_client, strategy, run_id, states)
     server = at_server(task, module, test, device) if test is not None else None
+    personal = strategy is not None and strategy.client.personalises
+    asked = server is None or per_client or personal or run.evaluate.fine_tune_steps > 0
 
     def shown(means: Mapping[str, float]) -> Mapping[str, float]:
         return _choose({**means, **task.derived(means)}, run.evaluate.metrics)
 
     def scores(round_number: int, model: Model) -> Scores:
-        own = clients(round_number, model) if per_client or server is None else Scores({}, {})
+        own = clients(round_number, model) if asked else Scores({}, {})
         if server is not None:
-            own = own._replace(metrics=server(round_number, model).metrics)
+            theirs = {n: v for n, v in own.metrics.items() if is_personal(n)}
+            own = own._replace(metrics={**server(round_number, model).metrics, **theirs})
         return own._replace(
             metrics=shown(own.metrics),
             per_client={c: shown(m) for c, m in own.per_client.items()},
@@ -119,7 +123,7 @@ def evaluation(
 
 def _union(found: Sequence[Evaluation]) -> dict[str, float]:
     total = sum(e.examples for e in found)
-    names = found[0].metrics if found else ()
+    names = of_global(found[0].metrics) if found else ()
     return {n: sum(e.metrics[n] * e.examples for e in found) / total for n in names}
 
 
@@ -127,8 +131,8 @@ def _choose(metrics: Mapping[str, float], chosen: Sequence[str] | None) -> Mappi
     if chosen is None or not metrics:
         return metrics
     for name in chosen:
-        if name not in metrics:
+        if name not in metrics and base(name) == name:  # a client's own may have none of its own
             raise InputError(
                 f"unknown metric '{name}'", where="[evaluate]", fix=suggest(name, metrics)
             )
-    return {name: metrics[name] for name in chosen}
+    return {name: metrics[name] for c in chosen for name in metrics if c in (name, base(name))}

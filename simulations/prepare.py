@@ -17,6 +17,7 @@ from umbel.datasets.build import load
 from umbel.datasets.federated import FederatedData, rows, take
 from umbel.server import secure
 from umbel.server.gate import weight_cap
+from umbel.server.personal_scores import base
 from umbel.server.sampling import cohort_size
 from umbel.simulations.attacks.build import build_attack, hostile_count
 from umbel.simulations.root import with_root
@@ -201,10 +202,16 @@ def _few(task: Task, data: FederatedData) -> dict[str, torch.Tensor]:
 def _check_evaluation(run: RunFile, data: FederatedData, metrics: tuple[str, ...]) -> None:
     stopping = run.evaluate.early_stopping
     for name in (*(run.evaluate.metrics or ()), *((stopping.metric,) if stopping else ())):
-        if name.removeprefix("personal_") not in metrics:
+        if base(name) not in metrics:
             raise InputError(
                 f"unknown metric '{name}'", where="[evaluate]", fix=f"known: {', '.join(metrics)}"
             )
+    if run.evaluate.fine_tune_steps and data.client_test is None:
+        raise InputError(
+            "fine_tune_steps is set, and no client holds test examples",
+            where="[evaluate]",
+            fix="set [data] client_holdout = 0.2",
+        )
     if run.evaluate.per_client and data.client_test is None:
         raise InputError(
             "per_client = true, and no client holds test examples",

@@ -77,6 +77,7 @@ class RayDispatch:
     ) -> None:
         self._cluster, self._local, self._plan, self._announce = cluster, local, plan, announce
         self._here = greeting()
+        self._keeps = subject.rule.keeps
         self._said: set[str] = set()
         self._number = 0
         self._false_starts = 0
@@ -235,6 +236,14 @@ class RayDispatch:
                 f"node {there.host} has umbel {theirs['umbel']}, this process {mine['umbel']}",
                 where=WHERE,
                 fix="install the same version on every node",
+            )
+        if self._keeps and there.host != here.host:
+            raise InputError(
+                f"the strategy has clients keep tensors, in a file on {here.host}, and a worker is "
+                f"on {there.host}",
+                where=WHERE,
+                fix="use the workers of this machine alone (ray_address unset), or a strategy "
+                "without client state",
             )
         others = [(n, theirs[n], mine[n]) for n in ("torch", "numpy") if theirs[n] != mine[n]]
         others += [("CPU", there.cpu, here.cpu)] if there.cpu != here.cpu else []

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from umbel.client import own
+from umbel.client import own, personal
 from umbel.client.state import ClientStates
 from umbel.client.training import ClientRuntime
 from umbel.core.errors import UmbelError
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates
 from umbel.core.run_file import RunFile
 from umbel.core.trees import unflatten
-from umbel.datasets.federated import FederatedData, Numbered
+from umbel.datasets.federated import Arrays, FederatedData, Numbered
 from umbel.privacy.sources import seeded_sources
 from umbel.strategies.parts import ClientRule
 from umbel.tasks.evaluate import evaluate
@@ -83,12 +83,22 @@ class Residents:
             if examples is None:
                 continue
             try:
-                found = evaluate(self.runtime.task, module, examples, device=self.runtime.device)
-                yield Evaluation(client, *found)
+                count, found = evaluate(
+                    self.runtime.task, module, examples, device=self.runtime.device
+                )
+                if personal.wanted(self.runtime):
+                    found = {**found, **self._personal(plan, client, examples)}
+                yield Evaluation(client, count, found)
             except UmbelError:
                 raise
             except Exception as error:
                 yield Failure(client, reason(error))
+
+    def _personal(self, plan: EvaluatePlan, client: str, test: Arrays) -> dict[str, float]:
+        states = plan.states or self._states
+        kept = None if states is None else states.get(plan.round + 1, [client])[0]
+        train = self.data.train_part(self.place(client))
+        return personal.scores(self.runtime, plan.round, client, plan.model, kept, train, test)
 
 
 def reason(error: Exception) -> str:

@@ -128,6 +128,22 @@ def _trained(request: Request, context: Context, message: Message) -> tuple[Site
     return site, learned.updates
 
 
+def _personal(
+    request: Request, context: Context, runtime: ClientRuntime, site: Site, model: Model
+) -> dict[str, float]:
+    """How the client's own model does, where it has one."""
+    from umbel.client import personal
+
+    test = site.test()
+    if test is None or not personal.wanted(runtime):
+        return {}
+    store, _ = _kept(request, context, runtime, site)
+    kept = None if store is None else store.get(request.round + 1, [site.name])[0]
+    if store is not None:
+        store.close()
+    return personal.scores(runtime, request.round, site.name, model, kept, site.train(), test)
+
+
 def _kept(
     request: Request, context: Context, runtime: ClientRuntime, site: Site
 ) -> tuple[ClientStates | None, Tree | None]:
@@ -157,6 +173,7 @@ def evaluate(message: Message, context: Context) -> Message:
         runtime, model, _ = _runtime(site, request, message, seeded)
         with _stage("evaluation"):
             examples, metrics = runtime.evaluate(test, model)
+            metrics |= _personal(request, context, runtime, site, model)
             return messages.answer(site.name, request.round, examples, metrics), b""
 
     return _answer(message, work)
