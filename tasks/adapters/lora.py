@@ -38,7 +38,9 @@ def lora(
     freeze_a: bool = False,
     residual: bool = False,
 ) -> nn.Module:
-    """LoRA: ``alpha / rank * B A`` beside each chosen layer; B starts at 0. By PEFT.
+    """LoRA: a product of two thin matrices beside each chosen layer. By PEFT.
+
+    ``alpha / rank * B A`` is added to the weight; B starts at 0, and A is random.
 
     Args:
         module: the model.
