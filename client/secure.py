@@ -7,7 +7,6 @@ answer there is none.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from umbel.privacy.secure_aggregation.identities import Directory, Identity, sim
 from umbel.privacy.secure_aggregation.keystream import Words
 from umbel.privacy.secure_aggregation.messages import Invitation, decode, encode
 from umbel.privacy.secure_aggregation.refusals import Refused
-from umbel.privacy.secure_aggregation.terms import Policy, Terms
+from umbel.privacy.secure_aggregation.terms import TERMS_BYTES, Policy, Terms
 
 
 class Seat(NamedTuple):
@@ -123,21 +122,12 @@ def step(
     )
     if kept is not None:
         thaw(_split(kept)[1], client)
-    try:
-        answer = encode(client.step(data), terms.digest)
-    except BaseException:
-        raise  # the client has forgotten everything, and nothing is kept
+    answer = encode(client.step(data), terms.digest)
     return Answered(answer, None if client.finished else terms.encode() + freeze(client))
 
 
-def run_id_of(text: str) -> bytes:
-    """The 16 bytes by which a run goes in the protocol."""
-    return hashlib.sha256(text.encode()).digest()[:16]
-
-
 def _split(kept: bytes) -> tuple[Terms, bytes]:
-    size = len(Terms(b"r" * 16, 0, b"c" * 32, b"d" * 32, 1, 32, 1).encode())
-    return Terms.decode(kept[:size]), kept[size:]
+    return Terms.decode(kept[:TERMS_BYTES]), kept[TERMS_BYTES:]
 
 
 def _terms(kept: bytes | None, data: bytes, seat: Seat, announced: Round) -> Terms:
