@@ -136,7 +136,12 @@ class Site:
         heard, pause, away = 0.0, QUICK, False
         have: Sequence[str] | None = [path.stem for path in self._inbox.iterdir()]
         while True:
-            largest = read_policy(self._folder.policy_file).limits.maximum_bytes
+            try:
+                largest = read_policy(self._folder.policy_file).limits.maximum_bytes
+            except InputError as wrong:  # half edited, say: no work is taken meanwhile
+                self._report(f"no work without a policy: {wrong}")
+                time.sleep(SLOWEST_RETRY)
+                continue
             asked = time.monotonic()
             try:
                 delivery = fleet.take(WAIT, have, largest)

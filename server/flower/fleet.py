@@ -31,6 +31,7 @@ from flwr.supercore.error import http_error_translator
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router
+from sqlalchemy.exc import OperationalError
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
@@ -203,6 +204,9 @@ class Gate:
                 answer = await self._taken(member, bytes(body))
         except WrongError as wrong:
             await _answer(send, wrong.status, str(wrong).encode())
+        except OperationalError as error:  # locked, or the disk is full: the site asks again
+            log.warning("%s: %s", path, error.orig)
+            await _answer(send, 503, b"try again")
         except Exception:
             log.exception("%s failed", path)
             await _answer(send, 503, b"try again")

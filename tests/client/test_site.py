@@ -237,6 +237,33 @@ def test_an_answer_waits_for_a_server_that_is_away(
     assert len(site.server.replies) == 1
 
 
+def test_a_policy_that_is_half_edited_stops_work_and_not_the_site(
+    place: Callable[[], Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = place()
+    policy, slept = site._folder.policy_file, 0
+    whole = policy.read_text()
+    policy.write_text("[allow")
+    site._report = lambda line: reported.append(line)
+    reported: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        nonlocal slept
+        slept += 1
+        if slept == 2:
+            policy.write_text(whole)
+
+    def take(wait: float, have: object, largest: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(site_module.time, "sleep", sleep)
+    site.server.take = take  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        site._look(site.server)  # type: ignore[arg-type]
+    assert slept == 2
+    assert all("no work without a policy" in line for line in reported)
+
+
 def test_what_nobody_wants_any_more_is_dropped(place: Callable[[], Place]) -> None:
     site = place()
 
