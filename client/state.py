@@ -147,7 +147,7 @@ class ClientStates:
             connection.execute("DELETE FROM own WHERE round > ?", (round_number,))
             _keep(connection, before=before, now=round_number)
 
-    def bytes(self) -> int:
+    def size(self) -> int:
         """What the clients' tensors take in the file."""
         if not self.path.exists():
             return 0

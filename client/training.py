@@ -354,7 +354,7 @@ def _leaves(params: Tree, start: Tree, anchor: Tree) -> dict[str, Tensor]:
 
 def _check(run: RunFile, rule: ClientRule, model: Model, private: Collection[str]) -> None:
     section = run.client
-    found = section.optimizer if section.optimizer != "sgd" else ""
+    found = str(section.optimizer) if section.optimizer != "sgd" else ""
     if rule.plain_sgd and section.momentum:
         found = f"momentum = {section.momentum}"
     elif (rule.sgd or rule.plain_sgd) and section.nesterov:

@@ -118,8 +118,9 @@ def tune(
                 fix="does `umbel simulate` run this file? Narrow [tune.space]",
             )
     trials = [_seen(trial) for trial in study.get_trials(deepcopy=False)]
-    finished = [t for t in trials if t.status == "finished" and t.value is not None]
-    best = min(finished, key=lambda t: t.value if lower else -t.value, default=None)  # type: ignore[operator]
+    finished = {t.value: t for t in reversed(trials) if t.status == "finished"}
+    values = [value for value in finished if value is not None]
+    best = finished[min(values) if lower else max(values)] if values else None
     spent = [t.user_attrs["epsilon"] for t in study.get_trials() if "epsilon" in t.user_attrs]
     return Search(str(_file(run)), section.metric, best, trials, sum(spent) if spent else None)
 

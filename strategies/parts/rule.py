@@ -154,7 +154,7 @@ class ClientRule(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether all clients start from the global model and nothing but the delta is left."""
-        return self.state is self.begin is self.end is self.private is None
+        return not any((self.state, self.begin, self.end, self.private))
 
     @property
     def keeps(self) -> bool:

@@ -118,7 +118,7 @@ def multi_task(
 
     def each(forward: Forward, batch: Batch) -> tuple[list[Tensor], Tensor]:
         out = forward(batch["x"])
-        return list(out[:, : sum(widths)].split(widths, 1)), out
+        return list(torch.split(out[:, : sum(widths)], widths, 1)), out
 
     def columns(batch: Batch) -> Tensor:
         return batch["y"] if batch["y"].dim() == 2 else batch["y"][:, None]

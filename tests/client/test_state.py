@@ -68,11 +68,11 @@ def test_versions_that_nothing_can_ask_for_are_dropped(tmp_path: Path) -> None:
     states = ClientStates(tmp_path / "clients.db", "scaffold")
     states.put(1, {"a": tree(1.0, 50_000)})
     states.settle(1)
-    size = states.bytes()
+    size = states.size()
     for number in range(2, 40):
         states.put(number, {"a": tree(number, 50_000)})
         states.settle(number)
-    assert states.bytes() < 4 * size
+    assert states.size() < 4 * size
 
 
 def test_more_than_the_limit_is_refused_whole(tmp_path: Path) -> None:
