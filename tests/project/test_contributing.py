@@ -71,3 +71,11 @@ def test_every_strategy_has_its_conformance_row(name: str) -> None:
 def test_every_strategy_has_its_line_in_the_docs(name: str) -> None:
     page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
     assert re.search(rf"^- `{re.escape(name)}`: \w", page, re.MULTILINE)
+
+
+def test_the_walkthrough_with_state_is_that_of_the_built_in_file() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- state -->\n```python\n(.*?)```", text, re.DOTALL)
+    source = (ROOT / "strategies" / "scaffold.py").read_text(encoding="utf-8")
+    for part in str(block).split("\n\n"):
+        assert part.rstrip() in source
