@@ -58,7 +58,7 @@ def check_model(run: RunFile, task: Task, module: nn.Module, batch: Batch) -> No
             )
     if (moving := _moving_buffer(task, module, batch)) is not None:
         raise _refused(
-            f"its buffer '{moving}' changes in training: what it learns of the data is never noised",
+            f"its buffer '{moving}' changes in training, and what it learns is never noised",
             "use layers without running statistics, such as GroupNorm",
         )
     if unit == "example" and _coupled(task, module, batch):

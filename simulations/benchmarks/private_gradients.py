@@ -197,7 +197,7 @@ def _opacus(module: Any, losses: Any, batch: Any) -> dict[str, Callable[[], obje
         from opacus.grad_sample import (  # type: ignore[import-untyped]
             GradSampleModule,
         )
-        from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (  # type: ignore[import-untyped]  # noqa: E501
+        from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (  # type: ignore[import-untyped]
             GradSampleModuleFastGradientClipping,
         )
     except ImportError:
@@ -226,7 +226,7 @@ def _opacus(module: Any, losses: Any, batch: Any) -> dict[str, Callable[[], obje
 
         def step() -> object:
             found = losses(wrapped, batch)
-            found.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            found.sum().backward(retain_graph=True)
             factors = wrapped.get_clipping_coef()
             wrapped.zero_grad()
             wrapped.disable_hooks()
@@ -246,7 +246,7 @@ def _opacus(module: Any, losses: Any, batch: Any) -> dict[str, Callable[[], obje
             ("opacus-ghost", ghost),
         ):
             try:
-                step = make()
+                step = make()  # type: ignore[no-untyped-call]
                 step()
             except Exception as error:  # a mode that does not take this model is left out
                 print(f"note: {name} does not take this model ({type(error).__name__})")
