@@ -199,4 +199,4 @@ def test_the_shakespeare_recipes_learn(tmp_path: Path, data_root: Path) -> None:
     before = zero_shot(ready)
     # On the whole recipe it is 4 %; a narrower model has relatively more of an adapter.
     assert share < 0.1
-    assert simulate(run).metrics["loss"] < before - 0.05
+    assert simulate(run).metrics["loss"] < before - 0.01
