@@ -374,7 +374,7 @@ def test_geometric_median_is_the_minimum() -> None:
     """Against Newton's method; where points lie so that many minima are, by the minimum alone."""
     for case in cases(5, lambda f: 2 * f + 3):
         nu = 0.1 if case.kind != "offset" else 1e-3
-        found = ours(make("geometric-median", nu=nu, iterations=300), case.rows)
+        found = ours(make("geometric-median", nu=nu, iterations=1000), case.rows)
         expected = newton(case.rows, nu)
         least = spread(case.rows, expected, nu)
         assert spread(case.rows, found, nu) <= least * (1 + 1e-9)
