@@ -70,7 +70,14 @@ def plan(prepared: Prepared) -> dict[str, Any]:
     run, data, model = prepared.run, prepared.data, prepared.model()
     sizes = data.train_holdings.sizes()
     cohort = cohort_size(run.strategy, len(data.names))
-    state = flatten(prepared.strategy.init(model.params))
+    strategy = prepared.strategy
+    sent = strategy.travelling(model)
+    server_state = strategy.init(sent.params)
+    state = flatten(server_state)
+    besides = [strategy.upload_template(sent.params)]
+    if strategy.broadcast is not None:
+        besides.append(flatten(strategy.broadcast(sent.params, server_state)))
+    besides_bytes = sum(t.numel() * t.element_size() for tree in besides for t in tree.values())
     state_bytes = sum(t.numel() * t.element_size() for t in state.values())
     data_bytes = sum(
         column.nbytes
@@ -90,8 +97,9 @@ def plan(prepared: Prepared) -> dict[str, Any]:
             "max": int(sizes.max()),
         },
         "parameters": sum(p.numel() for p in model.params.values()),
-        # Down and up: the global model, and a delta of the same size.
-        "bytes_per_client_round": 2 * model.bytes(),
+        # Down and up: the global model and a delta of the same size, without what never travels,
+        # and what the strategy sends besides.
+        "bytes_per_client_round": 2 * sent.bytes() + besides_bytes,
         # Data, the global model, its float64 sum, the server's state, and one client in training
         # (parameters, gradient, two moments).
         "memory_bytes": data_bytes + 3 * model.bytes() + state_bytes + 4 * model.bytes(),
@@ -124,6 +132,16 @@ def _notes(prepared: Prepared, cohort: int) -> list[str]:
         )
     if prepared.model().buffers:
         notes.append("buffers (running statistics) are averaged, not stepped by the strategy")
+    strategy = prepared.strategy
+    if private := len(prepared.model().tensors()) - len(
+        strategy.travelling(prepared.model()).tensors()
+    ):
+        notes.append(
+            f"{private} tensor(s) of the model never travel; the global model holds their initial "
+            "values, and personal_… are the figures that count"
+        )
+    if strategy.client.personalises and data.client_test is None:
+        notes.append("personal models are not evaluated: set [data] client_holdout")
     if data.test is None and data.client_test is None:
         notes.append("no test examples: set [data] holdout or client_holdout")
     return notes
