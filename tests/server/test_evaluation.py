@@ -12,6 +12,7 @@ from umbel.core.payloads import EvaluatePlan, Evaluation
 from umbel.core.run_file import resolve
 from umbel.core.trees import Model
 from umbel.server.evaluation import MANY, evaluation
+from umbel.tasks.task import Task
 
 
 class Fleet:
@@ -37,6 +38,7 @@ def test_each_client_is_listed_where_they_are_few_or_asked_for(
 ) -> None:
     table: dict[str, Any] = {"data": {"name": "digits"}, "task": {"kind": "classification"}}
     run = resolve({**table, "evaluate": {} if asked is None else {"per_client": asked}})
-    scores = evaluation(run, Fleet(clients), None, nn.Identity(), None, "cpu")(1, Model({}, {}))  # type: ignore[arg-type]
+    task = Task(nn.Identity, lambda forward, batch: batch["x"], lambda forward, batch: {})
+    scores = evaluation(run, Fleet(clients), task, nn.Identity(), None, "cpu")(1, Model({}, {}))  # type: ignore[arg-type]
     assert len(scores.per_client) == shown
     assert scores.metrics == {"accuracy": (clients - 1) / 2}

@@ -139,7 +139,7 @@ def test_quorum_missed_leaves_the_model_and_the_run_goes_on() -> None:
         return "gone" if r == 1 and c != "c0" else 1.0
 
     first, second = go(Scripted(script, [1, 1, 1]), run_file(rounds=2, quorum=2))
-    assert first.record.note == "quorum missed: 1 of 2; the model stays"
+    assert first.record.note == "quorum missed: 1 of 2 (gone); the model stays"
     assert first.record.participants == ["c0"]
     torch.testing.assert_close(first.model.params["w"], torch.zeros(2))
     torch.testing.assert_close(second.model.params["w"], torch.ones(2))
