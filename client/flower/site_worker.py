@@ -62,8 +62,9 @@ def make(settings: dict[str, Any]) -> Callable[[bytes], bytes]:
     )
     logging.getLogger("flwr").setLevel(logging.ERROR)
     import torch
+    import torch._dynamo  # seconds, which the first optimizer would take
 
-    import umbel.client.training  # noqa: F401  # seconds, which the first round would take
+    import umbel.client.training  # noqa: F401
     from umbel.client.flower.app import app
 
     if settings.get("threads"):

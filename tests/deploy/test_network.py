@@ -202,7 +202,7 @@ def test_300_mb_without_a_key_are_refused_unread(network: Network) -> None:
 
 
 def test_whoever_is_killed_comes_back_and_no_round_is_lost(network: Network) -> None:
-    job = network.submit(run_file(16))
+    job = network.submit(run_file(12))
     network.wait_for(lambda: network.job(job).round >= 2, "the second round")
     network.kill("aarhus")
     network.start("aarhus")
@@ -217,12 +217,12 @@ def test_whoever_is_killed_comes_back_and_no_round_is_lost(network: Network) -> 
     network.kill(SERVER)
     network.start(SERVER)
     done = network.finish(job)
-    assert (done.state, done.round) == ("finished", 16)
+    assert (done.state, done.round) == ("finished", 12)
     model, history = stored(network, done)
-    assert [r.round for r in history] == list(range(1, 17))
+    assert [r.round for r in history] == list(range(1, 13))
     absent = [f for r in history for f in r.failures]
     if not absent:  # on a very slow machine, a site that starts again may miss a round
-        same(model, simulated(network, 16))
+        same(model, simulated(network, 12))
     network.umbel("site", "audit-log", "verify", "--folder", "aarhus")
     network.umbel("server", "audit-log", "verify", "--folder", SERVER)
 
