@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_toml_parses_and_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_import_what_there_is(page: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
-        for node in ast.walk(ast.parse(block)):
+        for node in ast.walk(ast.parse(textwrap.dedent(block))):
             if isinstance(node, ast.ImportFrom) and node.module != "__future__":
                 module = importlib.import_module(str(node.module))
                 for alias in node.names:
