@@ -10,7 +10,17 @@ from umbel.cli import output
 from umbel.cli.output import Format, FormatOption
 from umbel.core.errors import InputError, suggest
 
-KINDS = ("strategies", "tasks", "models", "adapters", "datasets", "splits", "engines", "attacks")
+KINDS = (
+    "strategies",
+    "tasks",
+    "models",
+    "adapters",
+    "datasets",
+    "splits",
+    "engines",
+    "attacks",
+    "defences",
+)
 
 
 def list_parts(

@@ -26,6 +26,7 @@ KINDS = {
     "splits": "umbel.datasets.splits",
     "engines": "umbel.simulations.engines",
     "attacks": "umbel.simulations.attacks",
+    "defences": "umbel.strategies.defences",
 }
 
 

@@ -203,6 +203,37 @@ class Strategy(Open):
     """No client weighs more; ``None``: ten times the median number of examples over the clients."""
 
 
+class Continual(Settings):
+    """``[continual]``: the examples come in stages, one experience after another."""
+
+    experiences: Count = 1
+    """How many; ``[run] rounds`` is divided evenly among them. 1: all examples are there at once.
+    """
+    by: Literal["class", "permutation", "rotation"] = "class"
+    """What sets experiences apart: groups of classes in order; or, for the same classes (domains),
+    a permutation of the inputs or a rotation of pictures, each of which a share of the examples
+    has."""
+    order: Literal["in-step", "shuffled"] = "in-step"
+    """``in-step``: all clients meet the same experience at the same time; ``shuffled``: each in an
+    order of its own."""
+    head: Literal["single", "multi", "growing"] = "single"
+    """Which classes an example may be given: all; those of its experience, which is then known in
+    evaluation, too; those that were met so far."""
+    defence: Part | str = "naive"
+    """What is done against forgetting: a name, or a table of a name and the defence's own keys."""
+
+    @pydantic.model_validator(mode="after")
+    def _with_experiences(self) -> Continual:
+        defaults = {name: field.default for name, field in Continual.model_fields.items()}
+        if self.experiences == 1 and any(getattr(self, n) != d for n, d in defaults.items()):
+            raise ValueError("keys for a single experience; set experiences = 5, or remove them")
+        if self.by != "class" and self.head != "single":
+            raise ValueError(
+                f"by = '{self.by}' has the same classes in all experiences; set head = 'single'"
+            )
+        return self
+
+
 class Privacy(Settings):
     """``[privacy]``: whose presence is hidden, how well, and from whom."""
 
@@ -243,7 +274,7 @@ class Privacy(Settings):
     clients amplifies nothing. For an ``outsider`` who sees the models alone clients are sampled by
     independent coins, and that amplifies."""
     adversary_because: str = Field("", max_length=500)
-    """Why the adversary does not see who takes part; stands in the ledger. ``outsider`` needs it."""
+    """Why the adversary does not see who takes part; in the ledger. ``outsider`` needs it."""
 
     @pydantic.model_validator(mode="after")
     def _complete(self) -> Privacy:
@@ -307,7 +338,7 @@ class SecureAggregation(Settings):
     groups: Count = 1
     """Random groups of a cohort, each summed by itself: robust strategies see the groups' sums."""
     keep_setup: bool = False
-    """Engines in process: rounds of the same clients keep graph and agreed keys, under new masks."""
+    """Engines in process: rounds of the same clients keep graph and agreed keys; masks are new."""
 
 
 class EarlyStopping(Settings):
@@ -430,6 +461,7 @@ class RunFile(Settings):
     task: Task
     client: Client = Client()
     strategy: Strategy = Strategy()
+    continual: Continual = Continual()
     privacy: Privacy = Privacy()
     secure_aggregation: SecureAggregation = SecureAggregation()
     attack: Attack = Attack()
@@ -444,6 +476,8 @@ class RunFile(Settings):
         names = [self.data.name, self.task.kind, self.strategy.name]
         names += [adapter.kind if isinstance(adapter, Adapter) else adapter or ""]
         names += [] if split is None else [split.kind]
+        defence = self.continual.defence
+        names += [defence if isinstance(defence, str) else defence.name]
         names += [] if model is None else [model if isinstance(model, str) else model.name]
         return [name for name in names if ":" in name]
 
@@ -465,9 +499,6 @@ class RunFile(Settings):
 TOKENIZERS = ("bytes", "characters")
 """Those that need no file."""
 
-# Tables of design that this version knows of and does not run yet: an honest answer, not a typo.
-PLANNED = ("continual",)
-
 
 def resolve(table: Mapping[str, Any], where: str = "run file") -> RunFile:
     """A run file from its tables.
@@ -476,10 +507,6 @@ def resolve(table: Mapping[str, Any], where: str = "run file") -> RunFile:
         InputError: an unknown table or key, a wrong type, a number out of bounds, a missing key.
     """
     for name, value in table.items():
-        if name in PLANNED:
-            raise InputError(
-                f"[{name}] is not supported by this version", where=where, fix=f"remove [{name}]"
-            )
         if name not in RunFile.model_fields and not isinstance(value, Mapping):
             owners = [t for t, f in RunFile.model_fields.items() if name in _keys(f.annotation)]
             fix = f"write it below [{owners[0]}]" if owners else "write it below its [table]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
 from umbel.server.asynchronous import asynchronous
 from umbel.server.entries import Ended
-from umbel.server.records import RoundRecord
+from umbel.server.records import RoundRecord, RoundResult
 from umbel.server.rounds import Evaluate, Start, rounds
 from umbel.server.stopping import Patience, Until
 from umbel.server.store import RunStore
@@ -42,6 +42,7 @@ def conduct(
     until: Until = never,
     sources: Sources | None = None,
     states: States | None = None,
+    course: Callable[[Start], Iterator[RoundResult]] | None = None,
 ) -> Ended:
     """Runs what is left of a run, and ends it in the store, however it ends.
 
@@ -60,6 +61,7 @@ def conduct(
         sources: of the server's own noise, where ``[privacy]`` asks for it; ``None``: the operating
             system.
         states: where clients in process keep what they keep.
+        course: the rounds after a start, where they are not those of one federation.
 
     Returns:
         ``finished``; ``interrupted`` by Ctrl-C; ``budget_exhausted``: the next round would pass the
@@ -86,7 +88,9 @@ def conduct(
             patience = Patience(run.evaluate.early_stopping)
             for record in store.history(run_id):
                 stopped = patience(record)
-        if strategy.asynchronous is not None:
+        if course is not None:
+            going_on = course(start)
+        elif strategy.asynchronous is not None:
             going_on = asynchronous(run, strategy, federation, start, evaluate, run_id, states)
         else:
             going_on = rounds(run, strategy, federation, start, evaluate, run_id, states, guard)

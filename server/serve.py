@@ -49,7 +49,7 @@ def serve(
         the run's id in the store.
     Raises:
         InputError: the stored run has another configuration.
-        RefusedError: the run simulates an attack.
+        RefusedError: the run simulates an attack, or experiences.
         UmbelError: what ended the run; its committed rounds stay in the store.
     """
     if run.attack.kind != "none":
@@ -57,6 +57,13 @@ def serve(
             f"kind = '{run.attack.kind}' is a simulated adversary, and these sites are real",
             where="[attack]",
             fix="remove [attack], or umbel simulate",
+        )
+    if run.continual.experiences > 1:
+        raise RefusedError(
+            f"experiences = {run.continual.experiences} are dealt in simulation only, and these "
+            "sites are real",
+            where="[continual]",
+            fix="remove [continual], or umbel simulate",
         )
     strategy = build_strategy(run.strategy)
     task = build_task(run.task, info)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from umbel.core.run_file import RunFile
 from umbel.core.versions import versions
 from umbel.privacy.sources import seeded_sources
 from umbel.server.conduct import conduct, never
+from umbel.server.continual import keep_report
 from umbel.server.entries import RunEntry
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
@@ -25,6 +27,7 @@ from umbel.server.resume import same_run
 from umbel.server.stopping import Until
 from umbel.server.store import RunStore
 from umbel.simulations.attacks.build import besiege
+from umbel.simulations.continual import Course
 from umbel.simulations.located import located
 from umbel.simulations.prepare import plan, prepare
 from umbel.simulations.secure import SecureFederation
@@ -47,6 +50,7 @@ class Outcome:
         model: path of the final model, safetensors.
         history: one record a round.
         hostile: the clients that attacked; only where ``[attack]`` says so.
+        continual: the accuracy matrix and its figures; empty without ``[continual]``.
     """
 
     run_id: str
@@ -59,6 +63,7 @@ class Outcome:
     model: str | None = None
     history: Sequence[RoundRecord] = ()
     hostile: Sequence[str] = ()
+    continual: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The outcome as plain values."""
@@ -73,7 +78,8 @@ class Outcome:
             "model": self.model,
             "history": [record.as_json() for record in self.history],
         }
-        return {**table, "hostile": list(self.hostile)} if self.hostile else table
+        optional = {"hostile": list(self.hostile), "continual": dict(self.continual)}
+        return {**table, **{name: value for name, value in optional.items() if value}}
 
 
 def ignore(*args: object) -> None:
@@ -120,13 +126,18 @@ def simulate(
         same_run(run, entry.run, resume)
         _same_base(base, entry)
         run = _as_it_computed(run, entry)
+        _same_stages(run, entry)
     siege = besiege(run, prepared.data, prepared.task, prepared.strategy)
-    federation: Federation = make_engine(
-        run, siege.data, prepared.task, prepared.strategy.client, announce
-    )
-    federation = siege.around(federation, engine)
-    if run.secure_aggregation.enabled and engine != "flower":  # there it is in the messages
-        federation = SecureFederation(federation, run, prepared.strategy)
+    course: Course | None = None
+    if run.continual.experiences > 1:
+        course = Course(prepared, engine, announce)
+        prepared = prepared._replace(strategy=course.strategy)
+        federation: Federation = course
+    else:
+        federation = make_engine(run, siege.data, prepared.task, prepared.strategy.client, announce)
+        federation = siege.around(federation, engine)
+        if run.secure_aggregation.enabled and engine != "flower":  # there it is in the messages
+            federation = SecureFederation(federation, run, prepared.strategy)
     try:
         if resume is None:
             run_id = store.create(run, engine=engine, text=text, base_model=base)
@@ -135,7 +146,8 @@ def simulate(
             if note := store.reopen(run_id, run):
                 announce(note)
             _same_versions(entry.versions, announce)
-        states = client_states(run, prepared.strategy, store.folder / run_id)
+        folder = store.folder / run_id
+        states = client_states(run, prepared.strategy, folder)
         status = conduct(
             store,
             run_id,
@@ -162,10 +174,16 @@ def simulate(
             until,
             seeded_sources(run.run.seed) if run.privacy.unit != "none" else None,
             states,
+            None
+            if course is None
+            else partial(course.rounds, run_id=run_id, folder=folder, states=states),
         )
     finally:
         federation.close()
     outcome = _outcome(store, run_id, status, time.monotonic() - began, siege.hostile)
+    if course is not None:
+        outcome = replace(outcome, continual=course.report(outcome.history))
+        keep_report(folder, outcome.continual)
     store.close()
     return outcome
 
@@ -176,7 +194,20 @@ def check(run: RunFile) -> dict[str, Any]:
     Raises:
         InputError: as :func:`simulate`.
     """
-    return plan(prepare(located(run)))
+    prepared = prepare(located(run))
+    if prepared.run.continual.experiences > 1:
+        Course(prepared, "sequential", ignore).close()
+    return plan(prepared)
+
+
+def _same_stages(run: RunFile, entry: RunEntry) -> None:
+    """Refuses to go on with experiences of another length."""
+    if run.continual.experiences > 1 and run.run.rounds != entry.run.run.rounds:
+        raise InputError(
+            "rounds differ from the stored run, and they are those of its experiences",
+            where=f"--resume {entry.run_id}",
+            fix=f"set rounds = {entry.run.run.rounds}",
+        )
 
 
 def _as_noisy(run: RunFile, stored: RunFile) -> RunFile:

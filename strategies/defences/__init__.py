@@ -1,0 +1,1 @@
+"""One module a defence against forgetting: a function of the module's name that makes it."""

@@ -1,0 +1,62 @@
+"""DER++: replay that also holds the model to what it once gave for the examples replayed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from umbel.core.settings import Count, Natural, NonNegative
+from umbel.core.trees import Tree
+from umbel.datasets.buffer import Buffer
+from umbel.strategies.parts import ClientRule
+from umbel.strategies.parts.defence import Defence
+from umbel.strategies.parts.rule import Forward, Local
+
+
+def der(
+    *,
+    alpha: NonNegative = 0.5,
+    beta: NonNegative = 0.5,
+    per_class: Natural | None = None,
+    examples: Natural | None = None,
+    bytes: Count | None = None,
+    choice: Literal["balanced", "reservoir"] = "balanced",
+    repeat: bool = True,
+) -> Defence:
+    """DER++. Buzzega et al. 2020, equation 6 (arXiv:2004.07211); beta = 0 is DER.
+
+    ``mean L(new) + alpha mean ||f(x) - z||^2 / classes + beta mean L(old)``, where z are the logits
+    that the global model gave when the example's experience ended.
+
+    Args:
+        alpha: weight of the logits.
+        beta: weight of the old examples' own loss.
+        per_class: as for replay.
+        examples: as for replay.
+        bytes: as for replay.
+        choice: as for replay.
+        repeat: as for replay.
+    """
+
+    def rule(rule: ClientRule) -> ClientRule:
+        def objective(forward: Forward, local: Local, batch: Tree, mask: Tensor | None) -> Tensor:
+            losses = forward.losses(local.params, batch)
+            apart = (forward.outputs(local.params, batch) - batch["z"]).square().mean(1)
+            old = batch["old"]
+            new = ~old
+            if mask is not None:
+                old, new = old & mask, new & mask
+            value = _mean(losses, new) + alpha * _mean(apart, old) + beta * _mean(losses, old)
+            return rule.loss(value, local)
+
+        return rule._replace(objective=objective)
+
+    kept = Buffer.bounded(per_class, examples, bytes, choice, repeat)
+    return Defence(rule=rule, buffer=kept, stores_outputs=True, outputs=True)
+
+
+def _mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of those chosen; 0 where none is."""
+    return torch.where(chosen, values, 0).sum() / chosen.sum().clamp(min=1)
