@@ -1,4 +1,4 @@
-"""``umbel plot``: curves of runs, or who holds what."""
+"""``umbel plot``: curves of runs, who holds what, or what was kept of each experience."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def plot(
     split: Annotated[
         bool, typer.Option("--split", help="Draw who holds what: umbel plot --split RUN.toml FILE.")
     ] = False,
+    matrix: Annotated[
+        bool,
+        typer.Option("--matrix", help="Draw what was kept of each experience: RUN FILE."),
+    ] = False,
     store: StoreOption = "runs",
     format: FormatOption = Format.text,
 ) -> None:
-    """Draw a run's curves, several runs in one picture, or a run file's split."""
+    """Draw a run's curves, several runs in one picture, a run's matrix or a run file's split."""
     from umbel.server.plots import FORMATS, check_format
 
     # Only a picture's suffix tells: the id of a run may hold a dot, too.
@@ -41,7 +45,10 @@ def plot(
         raise InputError("no run is named", where="umbel plot", fix="umbel plot RUN FILE.png")
     if path:
         check_format(path)
-    payload = _split(wanted, path) if split else _runs(wanted, path, metric, store)
+    if matrix:
+        payload = _matrix(wanted, path, store)
+    else:
+        payload = _split(wanted, path) if split else _runs(wanted, path, metric, store)
     if format is Format.json:
         output.emit(payload)
     else:
@@ -60,6 +67,25 @@ def _runs(
     path = path or Path(f"{runs[0].entry.run_id if len(runs) == 1 else 'compare'}.png")
     metrics = draw_run(runs, path, metric)
     return {"file": str(path), "runs": list(entries), "metrics": metrics}
+
+
+def _matrix(wanted: list[str], path: Path | None, store: str) -> dict[str, object]:
+    if len(wanted) != 1:
+        raise InputError(
+            f"one run is wanted, not {len(wanted)}: {', '.join(wanted)}",
+            where="umbel plot --matrix",
+            fix="umbel plot --matrix RUN FILE.png",
+        )
+    from umbel.server.continual import kept_report
+    from umbel.server.continual_plot import draw_matrix
+    from umbel.server.store import RunStore
+
+    opened = RunStore(store)
+    entry = opened.get(wanted[0])
+    report = kept_report(opened.folder / entry.run_id)
+    path = path or Path(f"{entry.run_id}-matrix.png")
+    draw_matrix(report, path, f"{entry.name}\n{entry.run_id}")
+    return {"file": str(path), "runs": [entry.run_id], "matrix": report["matrix"]}
 
 
 def _split(wanted: list[str], path: Path | None) -> dict[str, object]:

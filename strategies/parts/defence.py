@@ -164,7 +164,9 @@ def measuring(measure: Measure) -> Strategy:
         return Delivered(uploads={IMPORTANCE: found})
 
     def server(params: Tree, state: ServerState, mean: Combined) -> tuple[Tree, ServerState]:
-        found = map_tree(lambda p, f: f.to(p.dtype), params, mean.extra[IMPORTANCE])
+        # Rounding under secure aggregation may leave a nought below itself, and a penalty of that
+        # would push away from what is to be kept.
+        found = map_tree(lambda p, f: f.clamp(min=0).to(p.dtype), params, mean.extra[IMPORTANCE])
         return params, {IMPORTANCE: found}
 
     rule = ClientRule(
