@@ -16,7 +16,7 @@ import numpy.typing as npt
 import safetensors.torch
 import torch
 
-from umbel.core import registry, run_file, settings
+from umbel.core import registry, run_file
 from umbel.core.errors import InputError, RunError
 from umbel.core.payloads import (
     EvaluatePlan,
@@ -38,6 +38,7 @@ from umbel.server.checkpoints import write_model
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord, RoundResult, Scores
 from umbel.server.rounds import Evaluate, Start, rounds
+from umbel.simulations.continual_checks import WHERE, build_defence, check
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.prepare import Prepared
 from umbel.simulations.secure import SecureFederation
@@ -45,7 +46,6 @@ from umbel.strategies.parts import ClientRule, Strategy
 from umbel.strategies.parts.defence import (
     IMPORTANCE,
     Classes,
-    Defence,
     Measure,
     Turn,
     defended,
@@ -55,8 +55,6 @@ from umbel.strategies.parts.defence import (
 from umbel.tasks.evaluate import BATCH, evaluate, tensor_of
 from umbel.tasks.experiences import headed, outputs, scored
 from umbel.tasks.task import Task
-
-WHERE = "[continual]"
 
 MakeEngine = Callable[[RunFile, FederatedData, Task, ClientRule, Callable[[str], None]], Federation]
 
@@ -84,7 +82,7 @@ class Course:
             )
         run = prepared.run
         self.defence = build_defence(run)
-        _check(prepared, self.defence)
+        check(prepared, self.defence)
         self._make: MakeEngine = registry.find("engines", engine, "--engine")
         self._announce = announce
         self._run = run
@@ -92,6 +90,13 @@ class Course:
         self._module = prepared.module
         self.stream = experiences.stream(prepared.data, run.continual, run.run.seed)
         self.count = run.continual.experiences
+        for stage in range(self.count):
+            if not any(len(self.stream.met(p, stage)) for p in range(len(prepared.data.names))):
+                raise InputError(
+                    f"no client has a training example in stage {stage + 1}",
+                    where=WHERE,
+                    fix="fewer experiences",
+                )
         self.per_stage = run.run.rounds // self.count
         self.strategy = defended(prepared.strategy, self.defence, self._classes(0))
         self._now: Federation = self._federation(run, self._data(0, None), 0, self.strategy)
@@ -140,15 +145,20 @@ class Course:
                 data = self._data(stage, folder)
                 self._now = self._federation(self._run, data, stage, self.strategy)
                 self._stage = stage
-            last = (stage + 1) * self.per_stage
-            here = self._run.model_copy(
-                update={"run": self._run.run.model_copy(update={"rounds": last})}
-            )
+            here = self._until((stage + 1) * self.per_stage)
             scores = self._evaluation(stage, run_id, states)
             for result in rounds(here, self.strategy, self._now, start, scores, run_id, states):
                 start = Start(result.record.round, result.model, result.state)
                 self._pin()
                 yield result
+
+    def _until(self, last: int) -> RunFile:
+        """The run up to a round, with a cohort no larger than the stage is."""
+        section, there = self._run.strategy, len(self._now.clients())
+        if isinstance(section.cohort, int):
+            section = section.model_copy(update={"cohort": min(section.cohort, there)})
+        rounds = self._run.run.model_copy(update={"rounds": last})
+        return self._run.model_copy(update={"run": rounds, "strategy": section})
 
     def report(self, history: Sequence[RoundRecord]) -> dict[str, Any]:
         """The accuracy matrix of the run so far, and the figures made of it."""
@@ -327,56 +337,5 @@ class Course:
         return initial_module(self._bare, self._run.run.seed)
 
 
-def build_defence(run: RunFile) -> Defence:
-    """The defence that ``[continual]`` names.
-
-    Raises:
-        InputError: no such defence, or a parameter that is not its own or out of bounds.
-    """
-    section = run.continual.defence
-    named, table = (
-        (section, {}) if isinstance(section, str) else (section.name, section.parameters())
-    )
-    factory = registry.find("defences", named, f"{WHERE} defence")
-    given = settings.arguments(factory, table, f"{WHERE} defence", f"defence '{named}'")
-    defence: Defence = factory(**given)
-    return defence
-
-
 def _kept_model(folder: Path, stage: int) -> Path:
     return folder / "continual" / f"{stage + 1:03d}.safetensors"
-
-
-def _check(prepared: Prepared, defence: Defence) -> None:
-    """Raises InputError for what experiences do not go with."""
-    run, rule = prepared.run, prepared.strategy.client
-    section, classes = run.continual, prepared.data.info.classes
-    named = section.defence if isinstance(section.defence, str) else section.defence.name
-    found, fix = "", ""
-    if run.run.rounds % section.experiences:
-        found = f"rounds = {run.run.rounds} do not divide evenly by {section.experiences}"
-        fix = f"set rounds = {section.experiences * max(1, run.run.rounds // section.experiences)}"
-    elif run.privacy.unit != "none":
-        found, fix = "the privacy of examples that come in stages is not accounted", "unit = 'none'"
-    elif run.attack.kind != "none":
-        found, fix = "no attack knows of experiences", "remove [attack]"
-    elif run.evaluate.early_stopping is not None:
-        found, fix = "a run that stops early misses experiences", "remove early_stopping"
-    elif prepared.strategy.asynchronous is not None or prepared.strategy.root is not None:
-        found = f"strategy '{run.strategy.name}' steps by itself or has examples of its own"
-        fix = "use fedavg"
-    elif classes is None or prepared.task.episodes is not None:
-        found, fix = "experiences are measured by accuracy", "kind = 'classification'"
-    elif (section.head != "single" or defence.outputs) and classes < 3:
-        found = f"heads and defence '{named}' need one logit for each of three classes or more"
-        fix = "head = 'single' and another defence"
-    elif section.head != "single" and run.task.parameters().get("label_smoothing"):
-        found, fix = "label_smoothing gives mass to classes outside the head", "label_smoothing = 0"
-    elif rule.private is not None and named not in ("naive", "replay"):
-        found = f"strategy '{run.strategy.name}' keeps tensors private that '{named}' looks after"
-        fix = "another strategy, or replay"
-    elif defence.stores_outputs and rule.objective is not None:
-        found = f"'{named}' and strategy '{run.strategy.name}' both replace the objective"
-        fix = "another strategy, or replay"
-    if found:
-        raise InputError(found, where=WHERE, fix=fix)

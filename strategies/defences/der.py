@@ -18,7 +18,7 @@ from umbel.strategies.parts.rule import Forward, Local
 def der(
     *,
     alpha: NonNegative = 0.5,
-    beta: NonNegative = 0.5,
+    beta: NonNegative = 1.0,
     per_class: Natural | None = None,
     examples: Natural | None = None,
     bytes: Count | None = None,

@@ -1,0 +1,66 @@
+"""What a run over experiences needs, and what it does not go with."""
+
+from __future__ import annotations
+
+from umbel.core import registry, settings
+from umbel.core.errors import InputError
+from umbel.core.run_file import RunFile
+from umbel.simulations.prepare import Prepared
+from umbel.strategies.parts.defence import Defence
+
+WHERE = "[continual]"
+
+
+def build_defence(run: RunFile) -> Defence:
+    """The defence that ``[continual]`` names.
+
+    Raises:
+        InputError: no such defence, or a parameter that is not its own or out of bounds.
+    """
+    section = run.continual.defence
+    named, table = (
+        (section, {}) if isinstance(section, str) else (section.name, section.parameters())
+    )
+    factory = registry.find("defences", named, f"{WHERE} defence")
+    given = settings.arguments(factory, table, f"{WHERE} defence", f"defence '{named}'")
+    defence: Defence = factory(**given)
+    return defence
+
+
+def check(prepared: Prepared, defence: Defence) -> None:
+    """Passes if the run can be one over experiences.
+
+    Raises:
+        InputError: what it has that experiences do not go with.
+    """
+    run, rule = prepared.run, prepared.strategy.client
+    section, classes = run.continual, prepared.data.info.classes
+    named = section.defence if isinstance(section.defence, str) else section.defence.name
+    found, fix = "", ""
+    if run.run.rounds % section.experiences:
+        found = f"rounds = {run.run.rounds} do not divide evenly by {section.experiences}"
+        fix = f"set rounds = {section.experiences * max(1, run.run.rounds // section.experiences)}"
+    elif run.privacy.unit != "none":
+        found, fix = "the privacy of examples that come in stages is not accounted", "unit = 'none'"
+    elif run.attack.kind != "none":
+        found, fix = "no attack knows of experiences", "remove [attack]"
+    elif run.evaluate.early_stopping is not None:
+        found, fix = "a run that stops early misses experiences", "remove early_stopping"
+    elif prepared.strategy.asynchronous is not None or prepared.strategy.root is not None:
+        found = f"strategy '{run.strategy.name}' steps by itself or has examples of its own"
+        fix = "use fedavg"
+    elif classes is None or prepared.task.episodes is not None:
+        found, fix = "experiences are measured by accuracy", "kind = 'classification'"
+    elif (section.head != "single" or defence.outputs) and classes < 3:
+        found = f"heads and defence '{named}' need one logit for each of three classes or more"
+        fix = "head = 'single' and another defence"
+    elif section.head != "single" and run.task.parameters().get("label_smoothing"):
+        found, fix = "label_smoothing gives mass to classes outside the head", "label_smoothing = 0"
+    elif rule.private is not None and named not in ("naive", "replay"):
+        found = f"strategy '{run.strategy.name}' keeps tensors private that '{named}' looks after"
+        fix = "another strategy, or replay"
+    elif defence.stores_outputs and rule.objective is not None:
+        found = f"'{named}' and strategy '{run.strategy.name}' both replace the objective"
+        fix = "another strategy, or replay"
+    if found:
+        raise InputError(found, where=WHERE, fix=fix)
