@@ -302,16 +302,19 @@ class Course:
         ]
         old = [o if len(n) else o[:0] for n, o in zip(new, old, strict=True)]
         columns: dict[str, npt.NDArray[Any]] = {}
-        if self.defence.stores_outputs:
-            columns = self._stored(old, folder)
+        if self.defence.tells_old:
+            columns = self._told(old, folder)
         parts = [replayed(n, o, repeat=buffer.repeat) for n, o in zip(new, old, strict=True)]
         return experiences.of_stage(self.stream, parts, columns)
 
-    def _stored(self, old: Sequence[Rows], folder: Path | None) -> dict[str, npt.NDArray[Any]]:
-        """The columns ``old`` and ``z``, of all training rows."""
+    def _told(self, old: Sequence[Rows], folder: Path | None) -> dict[str, npt.NDArray[Any]]:
+        """The column ``old`` of all training rows; and ``z``, where outputs are stored."""
         data = self.stream.data
         n, classes = len(self.stream.of_row), data.info.classes or 0
         kept = np.zeros(n, dtype=np.bool_)
+        kept[np.concatenate(old)] = True
+        if not self.defence.stores_outputs:
+            return {"old": kept}
         z = np.zeros((n, classes), dtype=np.float32)
         when = np.argsort(self.stream.order, axis=1)  # (clients, experiences) -> stage
         for stage in range(self.count):
@@ -319,7 +322,6 @@ class Course:
             rows = np.concatenate([np.zeros(0, np.int32), *met])
             if not len(rows) or folder is None:
                 continue
-            kept[rows] = True
             module = self._initial()
             module.load_state_dict(
                 safetensors.torch.load_file(_kept_model(folder, stage)), strict=False

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from umbel.core import registry, settings
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile
 from umbel.simulations.prepare import Prepared
-from umbel.strategies.parts.defence import Defence
+from umbel.strategies.parts.defence import Classes, Defence
 
 WHERE = "[continual]"
+
+NO_CLASSES = Classes(torch.ones(1, 0, dtype=torch.bool), torch.ones(0, dtype=torch.bool))
 
 
 def build_defence(run: RunFile) -> Defence:
@@ -56,10 +60,10 @@ def check(prepared: Prepared, defence: Defence) -> None:
         fix = "head = 'single' and another defence"
     elif section.head != "single" and run.task.parameters().get("label_smoothing"):
         found, fix = "label_smoothing gives mass to classes outside the head", "label_smoothing = 0"
-    elif rule.private is not None and named not in ("naive", "replay"):
+    elif rule.private is not None and (defence.measure or defence.letters({}, NO_CLASSES)):
         found = f"strategy '{run.strategy.name}' keeps tensors private that '{named}' looks after"
         fix = "another strategy, or replay"
-    elif defence.stores_outputs and rule.objective is not None:
+    elif defence.replaces and rule.objective is not None:
         found = f"'{named}' and strategy '{run.strategy.name}' both replace the objective"
         fix = "another strategy, or replay"
     if found:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from umbel.core.settings import Count, Natural, NonNegative
 from umbel.core.trees import Tree
 from umbel.datasets.buffer import Buffer
 from umbel.strategies.parts import ClientRule
-from umbel.strategies.parts.defence import Defence
+from umbel.strategies.parts.defence import Defence, mean_of, sides
 from umbel.strategies.parts.rule import Forward, Local
 
 
@@ -44,19 +43,13 @@ def der(
         def objective(forward: Forward, local: Local, batch: Tree, mask: Tensor | None) -> Tensor:
             losses = forward.losses(local.params, batch)
             apart = (forward.outputs(local.params, batch) - batch["z"]).square().mean(1)
-            old = batch["old"]
-            new = ~old
-            if mask is not None:
-                old, new = old & mask, new & mask
-            value = _mean(losses, new) + alpha * _mean(apart, old) + beta * _mean(losses, old)
-            return rule.loss(value, local)
+            new, old = sides(batch, mask)
+            again = alpha * mean_of(apart, old) + beta * mean_of(losses, old)
+            return rule.loss(mean_of(losses, new) + again, local)
 
         return rule._replace(objective=objective)
 
     kept = Buffer.bounded(per_class, examples, bytes, choice, repeat)
-    return Defence(rule=rule, buffer=kept, stores_outputs=True, outputs=True)
-
-
-def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of those chosen; 0 where none is."""
-    return torch.where(chosen, values, 0).sum() / chosen.sum().clamp(min=1)
+    return Defence(
+        rule=rule, buffer=kept, tells_old=True, stores_outputs=True, replaces=True, outputs=True
+    )

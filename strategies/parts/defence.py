@@ -75,9 +75,12 @@ class Defence(NamedTuple):
         turn: (those, :class:`Turn`) -> those of the next.
         rule: the strategy's client rule -> the same with the defence.
         measure: what clients find out in between.
-        buffer: what they keep of their examples, which the column ``old`` of a batch tells apart.
+        buffer: what they keep of their examples.
+        tells_old: whether the column ``old`` of a batch, bool, says which examples are of earlier
+            experiences.
         stores_outputs: whether with those examples goes what the model gave for them when their
             experience ended, the column ``z``.
+        replaces: whether the objective is its own, so that a strategy's cannot be.
         outputs: whether it reads the model's outputs, one a class.
     """
 
@@ -86,7 +89,9 @@ class Defence(NamedTuple):
     rule: Callable[[ClientRule], ClientRule] = lambda rule: rule
     measure: Measure | None = None
     buffer: Buffer | None = None
+    tells_old: bool = False
     stores_outputs: bool = False
+    replaces: bool = False
     outputs: bool = False
 
 
@@ -122,6 +127,17 @@ def turned(
     letters = frozenset(defence.letters({}, turn.classes))
     mine = {letter: state[letter] for letter in letters}
     return {**state, **defence.turn(mine, turn)}
+
+
+def sides(batch: Tree, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which examples of a batch are new, and which of earlier experiences, (B,) bool each."""
+    old = batch["old"]
+    return (~old, old) if mask is None else (~old & mask, old & mask)
+
+
+def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of those chosen; 0 where none is."""
+    return torch.where(chosen, values, 0).sum() / chosen.sum().clamp(min=1)
 
 
 def adding(rule: ClientRule, term: Objective) -> ClientRule:

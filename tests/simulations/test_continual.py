@@ -25,6 +25,7 @@ from umbel.server.serve import serve
 from umbel.simulations.continual import Course
 from umbel.simulations.prepare import prepare
 from umbel.simulations.simulate import Outcome, simulate
+from umbel.strategies.defences import agem
 from umbel.strategies.parts.defence import Measure
 
 
@@ -76,6 +77,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) ->
         ({"name": "lwf", "strength": 0.0}, 0.0),
         ({"name": "replay", "examples": 0}, 0.0),
         ({"name": "der", "examples": 0}, 1e-5),
+        ({"name": "agem", "examples": 0}, 1e-4),
     ],
 )
 def test_a_defence_of_strength_nought_is_naive(
@@ -284,3 +286,17 @@ def test_clients_without_an_experience_are_not_asked(tmp_path: Path) -> None:
     history = simulate(run, engine="sequential").history
     assert min(asked) < 5
     assert [len(r.participants) for r in history] == [n for n in asked for _ in range(2)]
+
+
+def test_agem_takes_out_what_goes_against_earlier_examples() -> None:
+    g, r = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.0, -4.0])}
+    assert agem.projected(g, r)["w"].tolist() == [1.0, 0.0]
+    assert agem.projected(g, {"w": -r["w"]})["w"].tolist() == [1.0, 2.0]
+    assert agem.projected(g, {"w": torch.zeros(2)})["w"].tolist() == [1.0, 2.0]
+
+
+def test_agem_forgets_less(tmp_path: Path) -> None:
+    longer = {"client": {"local_epochs": 4}, "continual": {"head": "multi"}}
+    plain = simulate(table(tmp_path, **longer), engine="sequential").continual
+    held = simulate(table(tmp_path, "agem", **longer), engine="sequential").continual
+    assert held["bwt"] > plain["bwt"]
