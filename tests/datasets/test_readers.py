@@ -225,7 +225,7 @@ def test_root_from_the_environment(data_root: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "name", ["mnist", "heart-disease", "omniglot", "tinyshakespeare", "wisdm", "cifar10"]
+    "name", ["mnist", "heart-disease", "omniglot", "sentences", "text", "tinyshakespeare", "wisdm", "cifar10"]
 )
 def test_no_path_is_one_error_and_never_a_download(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -252,7 +252,7 @@ def test_another_sets_key_is_refused() -> None:
 def test_every_reader_and_split_is_listed_with_a_line() -> None:
     assert set(registry.known("datasets")) == {
         "breast-cancer", "cifar10", "csv", "diabetes", "digits", "heart-disease", "mnist", "npz",
-        "omniglot", "tinyshakespeare", "wisdm",
+        "omniglot", "sentences", "text", "tinyshakespeare", "wisdm",
     }  # fmt: skip
     assert set(registry.known("splits")) == {
         "dirichlet", "feature-shift", "iid", "natural", "quantity", "shards",

@@ -270,6 +270,16 @@ def test_dropout_takes_each_clients_own_draws(build, plan, client):
     assert_same(stack(sequential, build, **client), train(vectorised, build, plan=plan, **client))
 
 
+@pytest.fixture
+def one_thread():
+    """Sums of two threads round otherwise than those of one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_lean_draws_and_counts_as_the_runtime_does():
     def build():
         return nn.Sequential(
