@@ -1,0 +1,1 @@
+"""Learning from examples without labels: views, networks, losses, and what an encoder is worth."""
