@@ -255,7 +255,7 @@ def test_every_reader_and_split_is_listed_with_a_line() -> None:
         "omniglot", "sentences", "text", "tinyshakespeare", "wisdm",
     }  # fmt: skip
     assert set(registry.known("splits")) == {
-        "dirichlet", "feature-shift", "iid", "natural", "quantity", "shards",
+        "dirichlet", "feature-shift", "gamma-similarity", "iid", "natural", "quantity", "shards",
     }  # fmt: skip
     assert all(registry.known("datasets").values())
     assert all(registry.known("splits").values())

@@ -105,7 +105,7 @@ def test_a_padded_batch_is_dealt_as_the_same_one_alone(shares: list[float], coun
         assert torch.equal(mine.mask, padded[0])
 
 
-def run_file(name: str, rounds: int = 3, **parameters: Any) -> RunFile:
+def run_file(name: str, rounds: int = 2, **parameters: Any) -> RunFile:
     return resolve(
         {
             "run": {"rounds": rounds, "seed": 3},
@@ -114,7 +114,7 @@ def run_file(name: str, rounds: int = 3, **parameters: Any) -> RunFile:
                 "split": {"kind": "dirichlet", "clients": 6, "alpha": 0.4},
             },
             "task": {"kind": "classification", "model": {"name": "mlp", "hidden": [8]}},
-            "client": {"lr": 0.2, "batch_size": 13, "device": "cpu"},
+            "client": {"lr": 0.2, "batch_size": 100, "device": "cpu"},
             "strategy": {"name": name, **parameters},
         }
     )

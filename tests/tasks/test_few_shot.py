@@ -94,11 +94,12 @@ def test_evaluation_adapts_a_copy_to_each_episode() -> None:
     arrays = {"x": x, "y": np.repeat(np.arange(12), 8)}
     info = Info("toy", (12,), classes=12)
     shape: dict[str, Any] = {"method": "gradient", "ways": 4, "shots": 2, "test_queries": 3}
+    shape["test_episodes"] = 40
     model = nn.Linear(12, 4)
     before = {n: p.clone() for n, p in model.named_parameters()}
     adapted = few_shot(info, "logistic", **shape, adapt_steps=30, adapt_lr=1.0)
     count, metrics = evaluate(adapted, model, arrays)
-    assert count == 200 * 20
+    assert count == 40 * 20
     assert metrics["accuracy"] == pytest.approx(1.0)
     assert evaluate(adapted, model, arrays) == (count, metrics)
     plain = few_shot(info, "logistic", **shape, adapt_steps=1, adapt_lr=0.0)

@@ -138,7 +138,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_file(path: str, strategy: str, store: str = "unused", **task: Any) -> RunFile:
     return resolve(
         {
-            "run": {"rounds": 3, "seed": 1, "store": store},
+            "run": {"rounds": 2, "seed": 1, "store": store},
             "data": {"name": "npz", "path": path, "split": {"kind": "quantity", "clients": 4}},
             "task": {
                 "kind": "multi-task",
@@ -147,7 +147,7 @@ def run_file(path: str, strategy: str, store: str = "unused", **task: Any) -> Ru
                 "embedding": 16,
                 **task,
             },
-            "client": {"lr": 0.1, "local_steps": 6, "batch_size": 30, "device": "cpu"},
+            "client": {"lr": 0.1, "local_steps": 3, "batch_size": 30, "device": "cpu"},
             "strategy": {"name": strategy},
             "evaluate": {"every": 0},
         }
