@@ -279,7 +279,8 @@ class Vectorised:
         try:
             # Per-example gradients are computed client by client, by the runtime itself.
             alone = self._runtime.private is not None
-            updates = None if alone else self._trainer.train(found.kernel, plan, places, found.draws)
+            train = self._trainer.train
+            updates = None if alone else train(found.kernel, plan, places, found.draws)
         except UmbelError:
             raise
         except Exception as error:

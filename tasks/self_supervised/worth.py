@@ -14,7 +14,8 @@ def spread(h: Tensor) -> Tensor:
     coordinate of h/|h| over the batch, their mean, times the root of how many there are.
     """
     z = F.normalize(h.float(), dim=1)
-    return (z.std(0, unbiased=False).mean() * z.shape[1] ** 0.5).expand(len(z))
+    deviation = z.std(0, unbiased=False).mean() * float(z.shape[1]) ** 0.5
+    return deviation.expand(len(z))
 
 
 def linear_probe(h: Tensor, y: Tensor, classes: int, ridge: float = 1e-2) -> Tensor:
@@ -38,7 +39,8 @@ def linear_probe(h: Tensor, y: Tensor, classes: int, ridge: float = 1e-2) -> Ten
     hat = x @ torch.linalg.solve(x.T @ x + penalty, x.T)
     target = F.one_hot(y, classes).to(x)
     residual = (target - hat @ target) / (1 - hat.diagonal())[:, None]
-    return ((target - residual).argmax(1) == y).float()
+    right: Tensor = (target - residual).argmax(1) == y
+    return right.float()
 
 
 def nearest(h: Tensor, y: Tensor, classes: int, neighbours: int = 5) -> Tensor:

@@ -225,7 +225,7 @@ def test_root_from_the_environment(data_root: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "name", ["mnist", "heart-disease", "omniglot", "sentences", "text", "tinyshakespeare", "wisdm", "cifar10"]
+    "name", ["mnist", "heart-disease", "omniglot", "tinyshakespeare", "wisdm", "cifar10"]
 )
 def test_no_path_is_one_error_and_never_a_download(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

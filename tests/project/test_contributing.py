@@ -77,5 +77,6 @@ def test_the_walkthrough_with_state_is_that_of_the_built_in_file() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"<!-- state -->\n```python\n(.*?)```", text, re.DOTALL)
     source = (ROOT / "strategies" / "scaffold.py").read_text(encoding="utf-8")
-    for part in str(block).split("\n\n"):
+    header, _, body = str(block).partition("\n")
+    for part in (header, *body.split("\n\n")):
         assert part.rstrip() in source

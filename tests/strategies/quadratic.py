@@ -13,7 +13,6 @@ from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Up
 from umbel.core.trees import Tree, map_tree, unflatten
 from umbel.strategies.parts import ClientRule, Local
 
-
 BATCH = {"y": torch.zeros(4)}
 
 

@@ -96,5 +96,5 @@ def test_fedavgm_is_worked_out_by_hand() -> None:
 
 def test_a_parameter_of_another_strategy_is_refused_by_name() -> None:
     section = Section.model_validate({"name": "fedavg", "mu": 0.1})
-    with pytest.raises(InputError, match="'mu' is a parameter of .*fedprox.*, not of fedavg"):
+    with pytest.raises(InputError, match=r"'mu' is a parameter of .*fedprox.*, not of fedavg"):
         build_strategy(section)
