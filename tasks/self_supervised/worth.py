@@ -14,7 +14,7 @@ def spread(h: Tensor) -> Tensor:
     coordinate of h/|h| over the batch, their mean, times the root of how many there are.
     """
     z = F.normalize(h.float(), dim=1)
-    deviation = z.std(0, unbiased=False).mean() * float(z.shape[1]) ** 0.5
+    deviation: Tensor = z.std(0, unbiased=False).mean() * float(z.shape[1]) ** 0.5
     return deviation.expand(len(z))
 
 
