@@ -19,6 +19,7 @@ from umbel.core.errors import InputError
 from umbel.core.messages import MANIFEST, MODEL, SECURE
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates
 from umbel.core.run_file import RunFile, resolve
+from umbel.privacy.secure_aggregation.terms import TERMS_BYTES
 from umbel.server.flower.grid import GridFederation
 from umbel.server.flower.secure_grid import SecureGrid
 from umbel.server.rounds import Cohort
@@ -196,7 +197,7 @@ def test_the_wire_shows_no_count_no_metric_no_update_and_no_key() -> None:
     assert {(h["examples"], h["test_examples"]) for h in hellos} == {(1, 1)}
     secrets = set()
     for state in kept:
-        table = json.loads(state[state.index(b"{") :])
+        table = json.loads(state[TERMS_BYTES:])
         secrets |= {table["pair"], table["seed"]} - {None, "", "00" * 32}
         for edge in table["edges"].values():
             secrets |= {edge[0], edge[1], edge[2]} - {""}
