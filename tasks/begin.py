@@ -109,7 +109,8 @@ def _read(file: str) -> dict[str, Tensor]:
 def _copy(module: nn.Module, tensors: dict[str, Tensor], file: str) -> set[str]:
     """Copies what has the name of a tensor of ``module``; the names."""
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name in (names := own.keys() & tensors.keys()):
+    names = [name for name in own if name in tensors]  # in the model's order, for the error
+    for name in names:
         if own[name].shape != tensors[name].shape:
             raise InputError(
                 f"'{name}' has shape {tuple(tensors[name].shape)} in '{file}', expected "

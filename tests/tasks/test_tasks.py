@@ -51,8 +51,11 @@ def test_models_have_the_size_they_should(info: Info, model: Any, count: int) ->
 @pytest.mark.parametrize("model", sorted(registry.known("models")))
 def test_every_model_gives_one_loss_and_one_metric_an_example(model: str) -> None:
     info = TEXT if model in ("char-lstm", "gpt", "transformers") else CIFAR
-    small = {"config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 24}}
-    built = task(info, model={"name": model, **(small if model == "transformers" else {})})
+    needed: dict[str, dict[str, Any]] = {
+        "transformers": {"config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 24}},
+        "encoder": {"of": "logistic"},
+    }
+    built = task(info, model={"name": model, **needed.get(model, {})})
     module = initial_module(built, 0)
     x = torch.randint(65, (3, 80)) if info is TEXT else torch.randn(3, 3, 32, 32)
     batch = {"x": x, "y": torch.tensor([0, 3, 9])}
