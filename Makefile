@@ -46,7 +46,7 @@ demo: $(INSTALLED)  ## a federation of 20 clients learns to read digits, here, i
 	@echo "who holds what:  $(DEMO)/split.png"
 	@echo "accuracy:        $(DEMO)/accuracy.png"
 
-test: $(INSTALLED)  ## the tests that take a few minutes together
+test: $(INSTALLED)  ## the tests that take some ten minutes together
 	$(BIN)/pytest -m "not slow and not flower and not gpu"
 
 check: lint types imports test-all  ## everything that CI runs
