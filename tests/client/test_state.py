@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +114,22 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     copy = pickle.loads(pickle.dumps(states))
     assert [value(copy, 9, f"c{k}") for k in range(9)] == [5.0] * 9
+
+
+def _put(path: Path, client: str, together: Any) -> None:
+    together.wait()
+    ClientStates(path, "scaffold").put(1, {client: {"c/w": torch.ones(3)}})
+
+
+def test_processes_that_open_a_new_file_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    clients = ["c0", "c1", "c2"]
+    for attempt in range(10):
+        path, together = tmp_path / f"{attempt}.db", context.Barrier(3)
+        made = [context.Process(target=_put, args=(path, c, together)) for c in clients]
+        for process in made:
+            process.start()
+        for process in made:
+            process.join()
+        assert [process.exitcode for process in made] == [0, 0, 0]
+        assert all(t is not None for t in ClientStates(path, "scaffold").get(2, clients))
