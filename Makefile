@@ -7,6 +7,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 DEMO ?= demo
 RECIPE ?= simulations/recipes/digits-dirichlet.toml
+# Two processes, each with whole files; PYTEST_FLAGS= for one process.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -47,7 +49,7 @@ demo: $(INSTALLED)  ## a federation of 20 clients learns to read digits, here, i
 	@echo "accuracy:        $(DEMO)/accuracy.png"
 
 test: $(INSTALLED)  ## the tests that take some ten minutes together
-	$(BIN)/pytest -m "not slow and not flower and not gpu"
+	$(BIN)/pytest $(PYTEST_FLAGS) -m "not slow and not flower and not gpu"
 
 check: lint types imports test-all  ## everything that CI runs
 
@@ -62,7 +64,7 @@ imports: $(INSTALLED)  ## import-linter: imports go down only
 	$(BIN)/lint-imports
 
 test-all: $(INSTALLED)  ## every test that can run here
-	$(BIN)/pytest
+	$(BIN)/pytest $(PYTEST_FLAGS)
 
 format: $(INSTALLED)  ## rewrites the code in the one format
 	$(BIN)/ruff check --fix .
