@@ -16,6 +16,8 @@ from umbel.core.errors import InputError
 
 ADAPTER = "[task.adapter]"
 INIT = "[task] init_from"
+POLICY = "policy."
+"""What the names of a model begin with that was trained beside its reference."""
 
 
 def begun(build: Callable[[], nn.Module], section: run_file.Task) -> Callable[[], nn.Module]:
@@ -99,7 +101,8 @@ def base_hash(module: nn.Module) -> str | None:
 
 def _read(file: str) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(file)
+        tensors = safetensors.torch.load_file(file)
+        return {name.removeprefix(POLICY): tensor for name, tensor in tensors.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
             f"cannot read '{file}': {error}", where=INIT, fix="a run's id, its folder or its model"

@@ -23,7 +23,8 @@ def build_task(section: run_file.Task, info: Info) -> Task:
     also = run_file.Task.model_fields
     table = settings.arguments(factory, section.parameters(), "[task]", owner, also=also)
     task: Task = factory(info, section.model, **table)
-    return task._replace(build=begun(task.build, section))
+    build, around = begun(task.build, section), task.around
+    return task._replace(build=build if around is None else lambda: around(build()))
 
 
 def initial_module(task: Task, seed: int) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from umbel.datasets.episodes import Episodes
+from umbel.tasks.collect import Collect
 
 Batch: TypeAlias = Mapping[str, Tensor]
 """Columns of a data set, name -> (B, …)."""
@@ -37,6 +38,12 @@ class Task(NamedTuple):
         test_episodes: how many evaluation draws, where batches are episodes.
         adapt: (model, episode) -> the model that evaluation asks about it; ``None``: as it is.
         parts: (model, batch) -> (B, parts), the losses of several tasks in one, not weighted.
+        collect: makes the examples of a round at the client, which its losses and metrics are then
+            given; ``None``: what the client holds are the examples. ``test`` measures what is held.
+        collects_apart: whether the i-th of these is made from the i-th that is held, and from no
+            other: then a bound on one's gradient bounds the influence of what is held as well.
+        around: what is put around the model once it has begun, from earlier runs and with its
+            adapter, such as a frozen copy beside it; ``None``: nothing.
     """
 
     build: Callable[[], nn.Module]
@@ -50,3 +57,6 @@ class Task(NamedTuple):
     test_episodes: int = 200
     adapt: Callable[[nn.Module, Batch], Forward] | None = None
     parts: Callable[[Forward, Batch], Tensor] | None = None
+    collect: Collect | None = None
+    collects_apart: bool = False
+    around: Callable[[nn.Module], nn.Module] | None = None
