@@ -70,12 +70,13 @@ def fine_tuned(
     lr = optimizers.learning_rate(section, max(round_number, 1), run.run.rounds)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = optimizers.optimizer(section, trained, lr)
-    columns = {name: tensor_of(c).to(runtime.device) for name, c in train.items()}
+    made = runtime.made(module, max(round_number, 1), client, train)
+    columns = {name: tensor_of(c).to(runtime.device) for name, c in made.items()}
     schedule = batches.schedule(
         run.run.seed,
         round_number,
         f"fine-tune {client}",
-        rows(train),
+        rows(made),
         section.batch_size,
         None,
         run.evaluate.fine_tune_steps,

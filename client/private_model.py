@@ -14,8 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from umbel.client import devices
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile
+from umbel.tasks.build import model_of
 from umbel.tasks.task import Batch, Task
 
 TOLERANCE = 1e-4
@@ -45,6 +47,13 @@ def check_model(run: RunFile, task: Task, module: nn.Module, batch: Batch) -> No
                 "use a task with a loss for each example, or unit = 'client'",
                 "[task] kind",
             )
+        if task.collect is not None and not task.collects_apart:
+            raise _refused(
+                "each round's examples are made with the model, and what a client holds is in all "
+                "of them, so that no bound on one example's gradient bounds its influence",
+                "use unit = 'client'",
+                "[task] kind",
+            )
         if run.client.precision == "float16":
             raise _refused(
                 "float16 needs a scale of the loss, which follows the data",
@@ -56,7 +65,7 @@ def check_model(run: RunFile, task: Task, module: nn.Module, batch: Batch) -> No
                 f"'{name}' ({type(module.get_submodule(name)).__name__}) {why}",
                 "use GroupNorm in its place",
             )
-    if (moving := _moving_buffer(task, module, batch)) is not None:
+    if (moving := _moving_buffer(task, module, batch, unit == "client")) is not None:
         raise _refused(
             f"its buffer '{moving}' changes in training, and what it learns is never noised",
             "use layers without running statistics, such as GroupNorm",
@@ -77,31 +86,29 @@ def _modules(module: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, "keeps running statistics, which are not privatised"
 
 
-def _moving_buffer(task: Task, module: nn.Module, batch: Batch) -> str | None:
+def _moving_buffer(task: Task, module: nn.Module, batch: Batch, sent: bool) -> str | None:
+    """A buffer that a forward pass in training changes; of those that are ``sent``, or of all."""
     tried = copy.deepcopy(module).train()
     before = {name: b.clone() for name, b in tried.named_buffers()}
-    with torch.no_grad():
+    with torch.enable_grad():
         task.losses(tried, batch)
-    changed = [n for n, b in tried.named_buffers() if not torch.equal(b, before[n])]
+    asked = model_of(tried).buffers if sent else before
+    changed = [n for n in asked if not torch.equal(tried.get_buffer(n), before[n])]
     return changed[0] if changed else None
 
 
 def _coupled(task: Task, module: nn.Module, batch: Batch) -> bool:
+    """Whether an example's loss changes with the other examples of its batch."""
     tried = copy.deepcopy(module).train()
-    if len(next(iter(batch.values()))) < 2:
-        return False
+    size = len(next(iter(batch.values())))
 
-    def losses(part: Batch) -> Tensor:
-        with torch.no_grad():
-            return task.losses(tried, part).double()
+    def losses(rows: list[int]) -> Tensor:
+        with torch.no_grad(), devices.seeded(next(tried.parameters()).device, 0):
+            return task.losses(tried, {n: c[rows] for n, c in batch.items()}).double()
 
-    together = losses(batch)
-    if not torch.equal(together, losses(batch)):  # it draws: only what it is on average is known
-        tried.eval()
-        together = losses(batch)
-    apart = torch.cat(
-        [losses({n: c[i : i + 1] for n, c in batch.items()}) for i in range(len(together))]
-    )
+    # The others are put in its place, and not left out: what the task draws for it stays the same.
+    together = losses(list(range(size)))
+    apart = torch.stack([losses([i] * size)[i] for i in range(size)])
     far = (together - apart).abs() > TOLERANCE * (together.abs() + 1)
     return bool(far.any())
 

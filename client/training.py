@@ -25,6 +25,7 @@ from umbel.strategies.parts import ClientRule, Local, Trees
 from umbel.strategies.parts.rule import NONE, clip_gradient
 from umbel.strategies.parts.strategy import private_names
 from umbel.tasks.build import initial_module, model_of
+from umbel.tasks.collect import collected
 from umbel.tasks.evaluate import add_sums, evaluate, per_example, tensor_of
 from umbel.tasks.task import Batch, Task
 
@@ -132,17 +133,18 @@ class ClientRuntime:
         shared = {letter: self._here(tree) for letter, tree in shared.items()}
         anchor = map_tree(lambda p: p.detach().clone(), params)
         loss = self._loss(module, examples) if self.rule.initial_loss else 0.0
+        made = self.made(module, round_number, client, examples)
         trained = _leaves(params, own.start(self.rule, anchor, shared, mine), anchor)
         lr = optimizers.learning_rate(section, round_number, self.run.run.rounds)
         optimizer = optimizers.optimizer(section, trained.values(), lr)
         scaler = torch.amp.GradScaler(self.device.type, enabled=section.precision == "float16")
-        columns = {name: tensor_of(c).to(self.device) for name, c in examples.items()}
+        columns = {name: tensor_of(c).to(self.device) for name, c in made.items()}
         length = self.run.round_length
         if self.task.episodes is None:
             size = section.batch_size
-            schedule = batches.schedule(seed, round_number, client, n, size, *length)
+            schedule = batches.schedule(seed, round_number, client, rows(made), size, *length)
         else:
-            labels, episodes = examples["y"], self.task.episodes
+            labels, episodes = made["y"], self.task.episodes
             schedule = batches.episodic(seed, round_number, client, labels, episodes, *length)
         totals: dict[str, Tensor] = {}
         local = Local(trained, anchor, shared, mine, 0, len(schedule))
@@ -150,6 +152,8 @@ class ClientRuntime:
             self.device, randomness.torch_seed(seed, "dropout", round_number, client)
         ):
             for step, batch in enumerate(schedule):
+                if self.task.follow is not None:
+                    self.task.follow(module, step)
                 parts = np.array_split(batch, min(section.accumulation, len(batch)))
                 self._step(
                     module,
@@ -180,6 +184,25 @@ class ClientRuntime:
             keeps[own.PRIVATE] = {n: t for n, t in after.tensors().items() if n in self.at_home}
         flat = {name: t.detach().cpu().clone() for name, t in flatten(keeps).items()}
         return Learned(self.released(updates, model), flat)
+
+    def made(self, module: nn.Module, round_number: int, client: str, held: Arrays) -> Arrays:
+        """What a client trains on: what it holds, or what the task makes of that with ``module``.
+
+        Raises:
+            InputError: the task makes nothing, or other than it declares.
+        """
+        if self.task.collect is None:
+            return held
+        seed, rounds = self.run.run.seed, self.run.run.rounds
+        found = collected(self.task.collect, module, held, seed, round_number, rounds, client)
+        if self.task.collects_apart and rows(found) != rows(held):
+            raise InputError(
+                f"client '{client}', round {round_number}: the task made {rows(found)} examples "
+                f"from {rows(held)}, and declares one from each",
+                where="[task]",
+                fix="leave collects_apart out, or make one from each",
+            )
+        return found
 
     def own(self, module: nn.Module, client: str, kept: Tree | None) -> Trees:
         """What a client has at the start of a round; its private tensors go into ``module``."""
@@ -216,13 +239,14 @@ class ClientRuntime:
     ) -> Updates:
         """As :meth:`train`, by DP-SGD; no metrics, which would be a release of their own."""
         load(private.module, model)
+        made = self.made(private.module, round_number, client, examples)
         anchor = {
             name: p.detach().clone()
             for name, p in private.module.named_parameters()
             if p.requires_grad
         }
         lr = optimizers.learning_rate(self.run.client, round_number, self.run.run.rounds)
-        columns = {name: tensor_of(c).to(self.device) for name, c in examples.items()}
+        columns = {name: tensor_of(c).to(self.device) for name, c in made.items()}
         seed = randomness.torch_seed(self.run.run.seed, "dropout", round_number, client)
         with devices.seeded(self.device, seed):
             private.train(round_number, client, columns, anchor, lr)

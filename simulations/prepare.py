@@ -25,6 +25,7 @@ from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import Strategy
 from umbel.tasks.begin import base_hash
 from umbel.tasks.build import build_task, initial_module, model_of
+from umbel.tasks.collect import collected
 from umbel.tasks.task import Task
 
 
@@ -163,7 +164,7 @@ def _private(
         check_rule(strategy.client)
     else:
         check_mean(strategy, run.strategy.name, model_of(module).params)
-    check_model(run, task, module, _few(task, data))
+    check_model(run, task, module, _few(task, module, data))
     return private_plan.calibrated(run, data.train_holdings.sizes())
 
 
@@ -177,7 +178,7 @@ def _privacy(run: RunFile, sizes: npt.NDArray[np.int64]) -> dict[str, Any] | Non
 
 def _try(task: Task, module: nn.Module, data: FederatedData) -> tuple[str, ...]:
     """Runs the model on a few examples; the names of its metrics."""
-    batch = _few(task, data)
+    batch = _few(task, module, data)
     count = len(next(iter(batch.values())))
     was_training = module.training
     module.eval()
@@ -206,8 +207,12 @@ def _try(task: Task, module: nn.Module, data: FederatedData) -> tuple[str, ...]:
     return ("loss", *metrics, *task.derived(dict.fromkeys(("loss", *metrics), 0.0)))
 
 
-def _few(task: Task, data: FederatedData) -> dict[str, torch.Tensor]:
-    """Two examples, or the first client's first episode."""
+def _few(task: Task, module: nn.Module, data: FederatedData) -> dict[str, torch.Tensor]:
+    """Two examples, or the first client's first episode; or what the task makes of its first."""
+    if task.collect is not None:
+        held = take(data.train, data.train_holdings.of_client(0)[:2])
+        made = collected(task.collect, module, held, 0, 1, 1, data.names[0])
+        return {n: torch.from_numpy(c[:2]) for n, c in made.items()}
     if task.episodes is None:
         index = data.train_holdings.index[:2]
     else:

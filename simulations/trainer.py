@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from umbel.client import batches, optimizers, own
 from umbel.client.training import load
 from umbel.core import randomness
 from umbel.core.payloads import States, TrainPlan, Updates
 from umbel.core.trees import Model, Tree, to_device, unflatten
+from umbel.datasets.federated import Arrays, rows
 from umbel.simulations import chunks, together
 from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.kernel import Chunk, Kernel, Subject
 from umbel.simulations.residents import Residents
 from umbel.tasks.build import model_of
 from umbel.tasks.evaluate import evaluate, tensor_of
+
+
+class _Lot(NamedTuple):
+    """What the clients of a chunk train on, those with most steps first.
+
+    Args:
+        places: of the clients among the names of the data.
+        columns: name -> (R, …), the examples.
+        rows: of ``columns``, of one client after another.
+        offsets: (C,), where each client begins in ``rows``.
+        sizes: (C,), how many each has.
+    """
+
+    places: chunks.Places
+    columns: dict[str, Tensor]
+    rows: npt.NDArray[np.integer[Any]]
+    offsets: chunks.Places
+    sizes: chunks.Places
 
 
 class Trainer:
@@ -49,6 +70,9 @@ class Trainer:
     def examples(self, place: int, most: int) -> dict[str, Tensor]:
         """The first examples of a client, or its first batch where that is fixed; on the device."""
         data, task = self._residents.data, self._runtime.task
+        if task.collect is not None:
+            made = self._made(self.module, 1, place)
+            return {n: tensor_of(c[:most]).to(self._runtime.device) for n, c in made.items()}
         held = data.train_holdings.of_client(place)
         if task.episodes is None:
             held = held[:most]
@@ -60,6 +84,13 @@ class Trainer:
             name: column[index.to(column.device)].to(self._runtime.device)
             for name, column in self.columns.items()
         }
+
+    def growth(self, place: int) -> int:
+        """How many examples the client trains on in a round for each that it holds, rounded up."""
+        if self._runtime.task.collect is None:
+            return 1
+        made = rows(self._made(self.module, 1, place))
+        return -(-made // int(self._residents.data.train_holdings.sizes()[place]))
 
     def chunk(
         self,
@@ -80,13 +111,56 @@ class Trainer:
             states: where clients keep what they keep; ``None``: they have just begun.
             head: only so many steps.
         """
+        lot = self._lot(round_number, places, states)
+        return self._work(round_number, lot, draws, shared, states, head)
+
+    def _made(self, module: nn.Module, round_number: int, place: int) -> Arrays:
+        """What a client trains on, where its task makes that; with its model in ``module``."""
+        data = self._residents.data
+        held = data.train_part(place)
+        return self._runtime.made(module, round_number, data.names[place], held)
+
+    def _lot(self, round_number: int, places: chunks.Places, states: States | None) -> _Lot:
+        data, runtime = self._residents.data, self._runtime
+        if runtime.task.collect is None:
+            offsets, index = data.train_holdings.offsets, data.train_holdings.index
+            return _Lot(places, self.columns, index, offsets[places], _size(offsets, places))
+        found = []
+        for place in places.tolist():
+            client, module = data.names[place], self.module
+            if runtime.at_home:  # it is the client's own model that makes them
+                module = copy.deepcopy(module)
+                kept = None if states is None else states.get(round_number, [client])[0]
+                runtime.own(module, client, kept)
+            found.append(self._made(module, round_number, place))
+        sizes = np.array([rows(made) for made in found])
+        order = np.argsort(-sizes, kind="stable")
+        columns = {
+            name: tensor_of(np.concatenate([found[i][name] for i in order])).to(runtime.device)
+            for name in found[0]
+        }
+        ends = np.cumsum(sizes[order])
+        return _Lot(places[order], columns, np.arange(ends[-1]), ends - sizes[order], sizes[order])
+
+    def _work(
+        self,
+        round_number: int,
+        lot: _Lot,
+        draws: bool,
+        shared: Tree,
+        states: States | None,
+        head: int | None = None,
+    ) -> Chunk:
         run, device, data = self._runtime.run, self._runtime.device, self._residents.data
+        places = lot.places
         clients = [data.names[place] for place in places.tolist()]
         holdings = data.train_holdings
         length, episodes = run.round_length, self._runtime.task.episodes
         if episodes is None:
-            sizes, size = _size(holdings.offsets, places), run.client.batch_size
-            padded = batches.schedules(run.run.seed, round_number, clients, sizes, size, *length)
+            size = run.client.batch_size
+            padded = batches.schedules(
+                run.run.seed, round_number, clients, lot.sizes, size, *length
+            )
         else:
             labels = [data.train["y"][holdings.of_client(place)] for place in places.tolist()]
             padded = batches.stacked(
@@ -96,9 +170,8 @@ class Trainer:
                 ]
             )
         padded = batches.Padded(padded.rows[:head], padded.counts[:head])
-        columns = self.columns
-        offsets = holdings.offsets[places]
-        pooled = holdings.index[padded.rows + offsets[:, None]].astype(np.int64)
+        columns = lot.columns
+        pooled = lot.rows[padded.rows + lot.offsets[:, None]].astype(np.int64)
         if any(c.device.type != device.type for c in columns.values()):
             # All data did not fit there: only the rows of this chunk go, each once.
             held, inverse = np.unique(pooled, return_inverse=True)
@@ -130,7 +203,11 @@ class Trainer:
         """
         runtime, data, model = self._runtime, self._residents.data, plan.model
         load(self.module, model, runtime.at_home)
-        work = self.chunk(plan.round, places, draws, plan.shared, plan.states)
+        lot = self._lot(plan.round, places, plan.states)
+        if kernel.even and len(set(lot.sizes.tolist())) > 1:
+            raise ValueError("clients made examples of different numbers")
+        places = lot.places
+        work = self._work(plan.round, lot, draws, plan.shared, plan.states)
         lr = optimizers.learning_rate(runtime.run.client, plan.round, runtime.run.run.rounds)
         anchor = to_device(model.params, runtime.device)
         around, sizes = work.around, _size(data.train_holdings.offsets, places)
@@ -145,10 +222,10 @@ class Trainer:
             taken = own.Taken(around.steps, examples, self._losses(around, places))
             closed = together.closed(runtime, around, tensors, taken, lr)
             if closed.kept and plan.states is not None:
-                rows = {c: i for i, c in enumerate(clients) if closed.whole[i]}
+                row = {c: i for i, c in enumerate(clients) if closed.whole[i]}
                 plan.states.put(
                     plan.round,
-                    {c: {n: t[i] for n, t in closed.kept.items()} for c, i in rows.items()},
+                    {c: {n: t[i] for n, t in closed.kept.items()} for c, i in row.items()},
                 )
             # What is sent besides may be the very tensors that were trained.
             moved = _delta(model, {n: t.clone() for n, t in tensors.items()}, len(places))

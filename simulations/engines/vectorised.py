@@ -87,12 +87,16 @@ def vectorised(
 
 
 class _Found(NamedTuple):
-    """What the first round found out; no kernel: each client goes through the runtime."""
+    """What the first round found out; no kernel: each client goes through the runtime.
+
+    ``growth`` is how many examples are trained on for each that is held.
+    """
 
     kernel: Kernel | None
     choice: Choice | None
     draws: bool
     footprint: chunks.Footprint
+    growth: int = 1
 
 
 class Vectorised:
@@ -191,7 +195,9 @@ class Vectorised:
             self._say(reason(error))
             return _Found(None, None, False, self._footprint(plan.model, 0))
         footprint = self._footprint(plan.model, examination.activation_bytes)
-        width = int(sizes[largest]) if size == "full" else min(int(sizes[largest]), size)
+        growth = self._trainer.growth(largest)
+        width = growth * int(sizes[largest])
+        width = width if size == "full" else min(width, size)
         room = max(1, self._memory // footprint.client(width))
         together = min(room, len(plan.clients), plan.wanted, self._largest or room)
 
@@ -210,7 +216,7 @@ class Vectorised:
         why = examination.obstacle or choice.refused.get("vmap")
         if choice.plan.kernel == "lean" and choice.source != "pinned" and why:
             self._say(why)
-        return _Found(kernel, choice, examination.draws, footprint)
+        return _Found(kernel, choice, examination.draws, footprint, growth)
 
     def _say(self, why: str) -> None:
         self._announce(f"cannot vectorise model: {why}; running one client after another")
@@ -230,7 +236,7 @@ class Vectorised:
         """The clients at these places, dealt to chunks and these to groups."""
         assert found.choice is not None
         run = self._runtime.run
-        sizes = self._residents.data.train_holdings.sizes_at(places)
+        sizes = self._residents.data.train_holdings.sizes_at(places) * found.growth
         bounds = [self._largest, found.choice.plan.chunk]
         if found.choice.plan.chunk is None:
             bounds.append(_share(sizes, found.footprint))
