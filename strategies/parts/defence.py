@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from umbel.core.trees import Tree, map_tree, zeros_like
 from umbel.datasets.buffer import Buffer
@@ -82,6 +82,14 @@ class Defence(NamedTuple):
             experience ended, the column ``z``.
         replaces: whether the objective is its own, so that a strategy's cannot be.
         outputs: whether it reads the model's outputs, one a class.
+        at_server: letters that are not broadcast.
+        uploads: as of a :class:`Strategy`: what clients send besides.
+        step: (letters, combined) -> letters, after each round; of names, shapes and dtypes as they
+            were.
+        holds: (parameters before the server's step, after it, letters) -> parameters.
+        model: (the task's module, experiences) -> one that is told, as ``experience`` (B,), which
+            each example is of.
+        prototypes: whether classes are told by the nearest mean of their features.
     """
 
     letters: Callable[[Tree, Classes], Trees] = lambda params, classes: {}
@@ -93,28 +101,44 @@ class Defence(NamedTuple):
     stores_outputs: bool = False
     replaces: bool = False
     outputs: bool = False
+    at_server: frozenset[str] = frozenset()
+    uploads: Callable[[Tree], Trees] | None = None
+    step: Callable[[Trees, Combined], Trees] | None = None
+    holds: Callable[[Tree, Tree, Trees], Tree] | None = None
+    model: Callable[[nn.Module, int], nn.Module] | None = None
+    prototypes: bool = False
 
 
 def defended(strategy: Strategy, defence: Defence, classes: Classes) -> Strategy:
     """The strategy with a defence around it; its letters are broadcast and kept beside its own."""
     letters = frozenset(defence.letters({}, classes))
+    sent = sorted(letters - defence.at_server)
 
     def init(params: Tree) -> ServerState:
         return {**strategy.init(params), **defence.letters(params, classes)}
 
     def broadcast(params: Tree, state: ServerState) -> Trees:
         theirs = {} if strategy.broadcast is None else strategy.broadcast(params, state)
-        return {**theirs, **{letter: state[letter] for letter in letters}}
+        return {**theirs, **{letter: state[letter] for letter in sent}}
 
     def server(params: Tree, state: ServerState, mean: Combined) -> tuple[Tree, ServerState]:
-        mine = {letter: state[letter] for letter in state if letter in letters}
+        mine: Trees = {letter: state[letter] for letter in state if letter in letters}
         theirs = {letter: part for letter, part in state.items() if letter not in letters}
         stepped, theirs = strategy.server(params, theirs, mean)  # type: ignore[assignment]
+        if defence.holds is not None:
+            stepped = defence.holds(params, stepped, mine)
+        if defence.step is not None:
+            mine = defence.step(mine, mean)
         return stepped, {**theirs, **mine}
+
+    def uploads(params: Tree) -> Trees:
+        theirs = {} if strategy.uploads is None else strategy.uploads(params)
+        return {**theirs, **({} if defence.uploads is None else defence.uploads(params))}
 
     return strategy._replace(
         init=init,
-        broadcast=broadcast if letters else strategy.broadcast,
+        broadcast=broadcast if sent else strategy.broadcast,
+        uploads=uploads if defence.uploads is not None else strategy.uploads,
         server=server,
         client=defence.rule(strategy.client),
     )

@@ -75,6 +75,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) ->
         ({"name": "ewc", "strength": 0.0, "examples": 3}, 0.0),
         ({"name": "mas", "strength": 0.0, "examples": 3}, 0.0),
         ({"name": "lwf", "strength": 0.0}, 0.0),
+        ({"name": "si", "strength": 0.0}, 0.0),
         ({"name": "replay", "examples": 0}, 0.0),
         ({"name": "der", "examples": 0}, 1e-5),
         ({"name": "agem", "examples": 0}, 1e-4),
@@ -90,6 +91,7 @@ def test_a_defence_of_strength_nought_is_naive(
     "defence",
     [
         {"name": "ewc", "strength": 500.0, "examples": 10},
+        {"name": "si", "strength": 100.0},
         {"name": "lwf", "strength": 1.0},
         {"name": "der", "per_class": 5},
     ],

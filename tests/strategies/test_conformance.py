@@ -57,6 +57,7 @@ TABLE = [
     Row("fedavgm", {"momentum": 0.5}),
     Row("fedbn", {}),
     Row("fedbuff", {"buffer": 2}),
+    Row("fedcurv", {"strength": 0.1}, agreed=True),
     Row("feddyn", {"alpha": 0.1}),
     Row("fedex-lora", {}),
     Row("fedit", {}),
