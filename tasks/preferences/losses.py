@@ -124,6 +124,25 @@ def whiten(values: Tensor, counted: Tensor) -> Tensor:
     return centred / (centred.square().sum() / n + 1e-8).sqrt()
 
 
+def advantages(rewards: Tensor, values: Tensor, decay: float) -> Tensor:
+    """Generalised advantage estimates without discount, of episodes that end in their last column.
+
+    Args:
+        rewards: (R, T).
+        values: (R, T), of the states before each reward; 0 past a completion's end.
+        decay: lambda.
+
+    Source: Schulman et al. 2016, equation 16 (arXiv:1506.02438), with gamma = 1.
+    """
+    after = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    surprise, found = rewards + after - values, torch.zeros_like(values)
+    run = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        run = surprise[:, t] + decay * run
+        found[:, t] = run
+    return found
+
+
 class Controller(NamedTuple):
     """Steers the weight of the KL towards a target.
 
