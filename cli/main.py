@@ -20,6 +20,7 @@ import umbel
 from umbel.cli import (
     audit,
     bench,
+    demo_network,
     flower,
     output,
     parts,
@@ -63,6 +64,7 @@ for _name, _order in (
     ("stop", submit.stop),
 ):
     app.command(_name, rich_help_panel="Deploy")(_order)
+app.command("demo-network", rich_help_panel="Deploy")(demo_network.demo_network)
 app.add_typer(server.app, name="server", rich_help_panel="Deploy")
 app.add_typer(site.app, name="site", rich_help_panel="Deploy")
 app.add_typer(audit.app, name="audit", rich_help_panel="Look at runs")

@@ -7,17 +7,26 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from umbel.cli import output
+from umbel.cli import audit_log, output
 from umbel.cli.output import Format, FormatOption
 
 app = typer.Typer(help="Run a federation's server: let sites in, carry out runs.")
-audit_log = typer.Typer(help="Who was let in, who was not, what was run.")
-app.add_typer(audit_log, name="audit-log")
 
 ServerOption: TypeAlias = Annotated[
     Path, typer.Option("--folder", metavar="DIR", help="The server's folder.")
 ]
 HERE = Path("umbel-server")
+
+
+def _log(folder: Path) -> Path:
+    from umbel.deploy.server_folder import ServerFolder
+
+    return ServerFolder(folder).audit_file
+
+
+app.add_typer(
+    audit_log.verbs("Who was let in, who was not, what was run.", HERE, _log), name="audit-log"
+)
 
 
 @app.command()
@@ -136,7 +145,11 @@ def start(folder: ServerOption = HERE, format: FormatOption = Format.text) -> No
 
 
 @app.command()
-def status(folder: ServerOption = HERE, format: FormatOption = Format.text) -> None:
+def status(
+    check: Annotated[bool, typer.Option("--check", help="Exit code 1 where it is not up.")] = False,
+    folder: ServerOption = HERE,
+    format: FormatOption = Format.text,
+) -> int:
     """Show whether the server runs, who is there, and the queue."""
     from umbel.deploy.jobs import Jobs
     from umbel.deploy.server_folder import ServerFolder
@@ -147,7 +160,7 @@ def status(folder: ServerOption = HERE, format: FormatOption = Format.text) -> N
     jobs = Jobs(server.jobs_database).list()
     if format is Format.json:
         output.emit({**found._asdict(), "jobs": [job.as_json() for job in jobs]})
-        return
+        return int(check and not found.up)
     print(f"running, process {found.pid}" if found.running else "not running")
     rows = [(name, "online" if s["online"] else "offline") for name, s in found.sites.items()]
     output.table(["site", ""], rows, left=2)
@@ -156,6 +169,7 @@ def status(folder: ServerOption = HERE, format: FormatOption = Format.text) -> N
         [(j.id, j.state, j.run_id, f"{j.round}/{j.rounds}", j.error) for j in jobs],
         left=5,
     )
+    return int(check and not found.up)
 
 
 @app.command()
@@ -166,32 +180,3 @@ def doctor(folder: ServerOption = HERE, format: FormatOption = Format.text) -> N
     from umbel.deploy.server_folder import ServerFolder
 
     tell(examine_server(ServerFolder(folder)), format)
-
-
-@audit_log.command("verify")
-def audit_verify(
-    hash: Annotated[
-        str | None,
-        typer.Option(metavar="HEX", help="A hash noted elsewhere; it must still be there."),
-    ] = None,
-    folder: ServerOption = HERE,
-    format: FormatOption = Format.text,
-) -> None:
-    """Check that no entry was changed or removed; shows the last hash, to be noted elsewhere."""
-    from umbel.cli.audit_log import verify
-    from umbel.deploy.server_folder import ServerFolder
-
-    verify(ServerFolder(folder).audit_file, hash, format)
-
-
-@audit_log.command("show")
-def audit_show(
-    last: Annotated[int, typer.Option(metavar="N", help="How many entries.")] = 20,
-    folder: ServerOption = HERE,
-    format: FormatOption = Format.text,
-) -> None:
-    """Show the last entries."""
-    from umbel.cli.audit_log import show
-    from umbel.deploy.server_folder import ServerFolder
-
-    show(ServerFolder(folder).audit_file, last, format)

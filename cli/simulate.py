@@ -115,7 +115,7 @@ def simulate(
     if format is Format.json:
         output.emit(outcome)
     else:
-        _show_outcome(outcome, location)
+        show_outcome(outcome, location)
     if outcome["status"] == "interrupted":
         output.note(f"interrupted; {_resume(outcome['run_id'], location)}")
     return EXIT_CODES[outcome["status"]]
@@ -191,7 +191,8 @@ def _resume(run_id: str, location: str) -> str:
     return f"go on with: umbel simulate --resume {run_id}{store}"
 
 
-def _show_outcome(outcome: Mapping[str, Any], location: str) -> None:
+def show_outcome(outcome: Mapping[str, Any], location: str) -> None:
+    """How a run ended, as text."""
     from umbel.cli.runs import show_results
 
     seconds = output.duration(outcome["seconds"])

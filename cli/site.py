@@ -7,21 +7,29 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from umbel.cli import output, site_ledger
+from umbel.cli import audit_log, output, site_ledger
 from umbel.cli.output import Format, FormatOption
 
 app = typer.Typer(help="Take part in a federation with this machine's data.")
 app.command()(site_ledger.ledger)
 policy = typer.Typer(help="What this site allows.")
 app.add_typer(policy, name="policy")
-audit_log = typer.Typer(help="What this site was asked, and what it decided.")
-app.add_typer(audit_log, name="audit-log")
-app.command("ledger")(site_ledger.ledger)
 
 FolderOption: TypeAlias = Annotated[
     Path, typer.Option("--folder", metavar="DIR", help="The site's folder.")
 ]
 HERE = Path("umbel-site")
+
+
+def _log(folder: Path) -> Path:
+    from umbel.client.folder import SiteFolder
+
+    return SiteFolder(folder).audit_file
+
+
+app.add_typer(
+    audit_log.verbs("What this site was asked, and what it decided.", HERE, _log), name="audit-log"
+)
 
 
 @app.command()
@@ -115,6 +123,24 @@ def start(folder: FolderOption = HERE, format: FormatOption = Format.text) -> No
 
 
 @app.command()
+def status(
+    check: Annotated[bool, typer.Option("--check", help="Exit code 1 where it is not up.")] = False,
+    folder: FolderOption = HERE,
+    format: FormatOption = Format.text,
+) -> int:
+    """Show whether the site takes part, and when its server last answered."""
+    from umbel.client.folder import SiteFolder
+
+    running, heard = SiteFolder(folder).up()
+    if format is Format.json:
+        output.emit({"running": running, "heard_seconds_ago": heard})
+    else:
+        ago = "never" if heard is None else f"{output.duration(heard)} ago"
+        print(f"{'running' if running else 'not running'}; the server last answered {ago}")
+    return int(check and not running)
+
+
+@app.command()
 def doctor(folder: FolderOption = HERE, format: FormatOption = Format.text) -> None:
     """Look at keys, policy, data, clock and the way to the server; says what to do."""
     from umbel.cli.doctor import tell
@@ -159,32 +185,3 @@ def policy_show(folder: FolderOption = HERE, format: FormatOption = Format.text)
         return
     rows = [(f"{s}.{k}", str(v)) for s, keys in table.items() for k, v in keys.items()]
     output.table(["rule", "value"], rows, left=2)
-
-
-@audit_log.command("verify")
-def audit_verify(
-    hash: Annotated[
-        str | None,
-        typer.Option(metavar="HEX", help="A hash noted elsewhere; it must still be there."),
-    ] = None,
-    folder: FolderOption = HERE,
-    format: FormatOption = Format.text,
-) -> None:
-    """Check that no entry was changed or removed; shows the last hash, to be noted elsewhere."""
-    from umbel.cli.audit_log import verify
-    from umbel.client.folder import SiteFolder
-
-    verify(SiteFolder(folder).audit_file, hash, format)
-
-
-@audit_log.command("show")
-def audit_show(
-    last: Annotated[int, typer.Option(metavar="N", help="How many entries.")] = 20,
-    folder: FolderOption = HERE,
-    format: FormatOption = Format.text,
-) -> None:
-    """Show the last entries."""
-    from umbel.cli.audit_log import show
-    from umbel.client.folder import SiteFolder
-
-    show(SiteFolder(folder).audit_file, last, format)

@@ -10,6 +10,7 @@
     ledger/         what privacy was spent
     audit/          every acceptance and refusal, hash-chained
     logs/
+    service/        a systemd unit and a compose file for this folder
 
 Private keys are made here and never leave. Nothing below imports Flower or torch.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +28,7 @@ from typing import Any, NamedTuple
 import pydantic
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from umbel.core import signing
+from umbel.core import locks, signing
 from umbel.core.errors import InputError
 from umbel.core.settings import Count, Positive, Settings, parse
 
@@ -81,6 +83,8 @@ class SiteFolder:
         self.policy_file = self.path / "policy.toml"
         self.kit_file = self.path / "kit.json"
         self.audit_file = self.audit / "site.jsonl"
+        self.lock_file = self.state / "lock"
+        self.heard_file = self.state / "heard"
 
     def make(self) -> None:
         """Makes the folders, for the owner's eyes alone."""
@@ -88,6 +92,14 @@ class SiteFolder:
         for folder in (self.path, self.keys, self.state, self.ledger, self.audit, self.logs):
             folder.mkdir(exist_ok=True)
             folder.chmod(0o700)
+
+    def up(self) -> tuple[bool, float | None]:
+        """Whether a process takes part now, and seconds since the server last answered it."""
+        try:
+            heard = max(0.0, time.time() - self.heard_file.stat().st_mtime)
+        except OSError:
+            heard = None
+        return locks.is_held(self.lock_file), heard
 
     def settings(self) -> SiteSettings:
         """What ``site.toml`` says.

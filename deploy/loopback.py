@@ -25,24 +25,13 @@ from umbel.core import signing
 from umbel.core.errors import InputError, RunError
 from umbel.core.run_file import RunFile
 from umbel.deploy.certificates import make_node_key, make_server_files
+from umbel.deploy.hosting import HOST, SWITCHES
 from umbel.server.store import RunStore
 
-HOST = "127.0.0.1"
 DAYS = 2
 STOP_SECONDS = 10.0
 FOLLOW = "follow"
 PEERS = "peers.json"
-
-# Flower asks for updates, reports its use and installs packages unless it is told not to; and its
-# processes look for work once a second.
-SWITCHES = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "PYTHONUNBUFFERED": "1",
-}
 
 APP = """\
 [project]

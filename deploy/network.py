@@ -1,19 +1,16 @@
-"""A whole federation on this machine, as it is deployed: a server and its sites, each a process.
+"""A whole federation on this machine, as it is deployed: a server and its sites.
 
-The same commands as in docs/deploy.md, in the same order, but over the loopback interface. For a
-first look, for tests and for measurements.
+The same commands as in docs/deploy.md, in the same order; each member is a process, or a container.
+For a first look, for tests and for measurements.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,8 +18,9 @@ from typing import Any
 from umbel.client.folder import SiteFolder
 from umbel.core.errors import RunError
 from umbel.core.run_file import RunFile
+from umbel.deploy.hosting import Hosting, Member, Processes, Running, environment, umbel_command
 from umbel.deploy.jobs import OVER, Job, Jobs
-from umbel.deploy.loopback import HOST, STOP_SECONDS, SWITCHES, Site, free_ports
+from umbel.deploy.loopback import STOP_SECONDS, Site, free_ports
 from umbel.deploy.server_folder import ServerFolder
 from umbel.deploy.state import server_state
 
@@ -35,24 +33,33 @@ class Network:
     Args:
         folder: of everything; what an earlier one left in it is used again.
         sites: who takes part.
-        patience: seconds to wait for each process to be there.
+        hosting: where the members run; ``None``: as processes.
+        patience: seconds to wait for each member to be there.
     Raises:
-        RunError: a process did not start or ended early; the end of its log is quoted.
+        RunError: a member did not start or ended early; the end of its log is quoted.
     """
 
-    def __init__(self, folder: Path, sites: Sequence[Site], *, patience: float = 180.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sites: Sequence[Site],
+        *,
+        hosting: Hosting | None = None,
+        patience: float = 180.0,
+    ) -> None:
         self.folder = folder.absolute()
         self.server = ServerFolder(self.folder / SERVER)
         self.sites = {site.client: SiteFolder(self.folder / site.client) for site in sites}
         self._data = {site.client: site.data for site in sites}
         self._patience = patience
-        self._stack = ExitStack()
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.hosting: Hosting = Processes() if hosting is None else hosting
+        self._members: dict[str, Running] = {}
 
     def __enter__(self) -> Network:
         try:
             if not self.server.settings_file.exists():
                 self._provision()
+            self.hosting.prepare(self.folder)
             self.start(SERVER)
             for name in self.sites:
                 self.start(name)
@@ -83,9 +90,9 @@ class Network:
             RunError: it failed.
         """
         done = subprocess.run(
-            self._command([*arguments, "--format", "json"]),
+            umbel_command([*arguments, "--format", "json"]),
             cwd=self.folder,
-            env=self._environment(),
+            env=environment(self.folder),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -99,28 +106,31 @@ class Network:
     def start(self, name: str) -> int:
         """Starts the server or a site; its process id."""
         kind = SERVER if name == SERVER else "site"
-        log = self._stack.enter_context((self.folder / f"{name}.log").open("ab"))
-        self._processes[name] = subprocess.Popen(
-            self._command([kind, "start", "--folder", name]),
-            cwd=self.folder,
-            env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+        folder = self.folder / name
+        member = Member(
+            name,
+            [kind, "start", "--folder", str(folder)],
+            folder,
+            self._data.get(name),
+            self.folder / f"{name}.log",
         )
-        return self._processes[name].pid
+        self._members[name] = self.hosting.start(member)
+        return self._members[name].pid
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Ends the server or a site by this signal, and waits for its end."""
-        process = self._processes.pop(name)
-        with suppress(ProcessLookupError):
-            process.send_signal(number)
-        process.wait()
+        member = self._members.pop(name)
+        member.send(number)
+        if member.wait(self._patience) is None:
+            raise RunError(f"'{name}' did not end by signal {number}", where=self._tail(name))
+
+    def member(self, name: str) -> Running:
+        """The server or a site, while it runs."""
+        return self._members[name]
 
     def pid(self, name: str) -> int:
         """Of the server or a site."""
-        return self._processes[name].pid
+        return self._members[name].pid
 
     def log(self, name: str) -> str:
         """What the server or a site said so far."""
@@ -138,7 +148,7 @@ class Network:
         """Waits until a run is over.
 
         Raises:
-            RunError: it is not, or a process ended.
+            RunError: it is not, or a member ended.
         """
         self.wait_for(lambda: self.job(job).state in OVER, f"run '{job.id}'", seconds)
         return self.job(job)
@@ -147,15 +157,15 @@ class Network:
         """Waits until something is so.
 
         Raises:
-            RunError: it is not so in time, or a process ended.
+            RunError: it is not so in time, or a member ended.
         """
         until = time.monotonic() + (seconds or self._patience)
         while not there():
-            for name, process in self._processes.items():
-                if (code := process.poll()) is not None:
+            for name, member in self._members.items():
+                if (code := member.poll()) is not None:
                     raise RunError(f"'{name}' ended with status {code}", where=self._tail(name))
             if time.monotonic() > until:
-                tails = " ".join(self._tail(name) for name in self._processes)
+                tails = " ".join(self._tail(name) for name in self._members)
                 raise RunError(f"{what} took too long", where=tails)
             time.sleep(0.1)
 
@@ -164,9 +174,9 @@ class Network:
         from umbel.server.flower import link
 
         port = free_ports(1)[0]
-        made = provisioning.init_server(self.server, ["localhost", HOST], port)
+        made = provisioning.init_server(self.server, self.hosting.names, port)
         with self.server.settings_file.open("a", encoding="utf-8") as file:
-            file.write(f'listen = "{HOST}"\n')
+            file.write(f'listen = "{self.hosting.listen}"\n')
         requests = {}
         for name, site in self.sites.items():
             provisioning.init_site(site, name, self._data[name])
@@ -179,26 +189,17 @@ class Network:
     def _online(self) -> set[str]:
         return {n for n, s in server_state(self.server).sites.items() if s["online"]}
 
-    def _command(self, arguments: Sequence[str]) -> list[str]:
-        start = "import sys; from umbel.cli.main import main; sys.exit(main())"
-        return [sys.executable, "-P", "-c", start, *arguments]
-
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, **SWITCHES, "FLWR_HOME": str(self.folder / "flwr")}
-
     def _tail(self, name: str) -> str:
         return f"{name}: " + " | ".join(self.log(name).strip().splitlines()[-5:])
 
     def _stop(self) -> None:
-        for process in reversed(self._processes.values()):
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+        for member in reversed(self._members.values()):
+            member.send(signal.SIGTERM)
         until = time.monotonic() + 2 * STOP_SECONDS
-        for process in reversed(self._processes.values()):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, until - time.monotonic()))
-        for process in self._processes.values():
-            with suppress(ProcessLookupError):
-                process.kill()
-            process.wait()
-        self._stack.close()
+        for member in reversed(self._members.values()):
+            member.wait(max(0.1, until - time.monotonic()))
+        for member in self._members.values():
+            member.send(signal.SIGKILL)
+            member.wait(STOP_SECONDS)
+        self._members.clear()
+        self.hosting.close()

@@ -36,6 +36,7 @@ from umbel.core.canonical import canonical_json
 from umbel.core.errors import InputError
 from umbel.deploy import certificates
 from umbel.deploy.server_folder import ServerFolder, SiteRecord
+from umbel.deploy.services import write_services
 
 AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 825
 REQUEST = "site request"
@@ -97,6 +98,7 @@ def init_server(folder: ServerFolder, hosts: Sequence[str], port: int) -> Made:
     names = ", ".join(json.dumps(host) for host in hosts)
     text = f"hosts = [{names}]\nport = {port}\n"
     signing.write_new(folder.settings_file, text.encode(), 0o600)
+    write_services("server", folder.path, port=port)
     fingerprint = fingerprint_of(folder)
     note(folder, "server made", hosts=list(hosts), authority=fingerprint)
     return Made(fingerprint, password)
@@ -143,6 +145,7 @@ def init_site(folder: SiteFolder, name: str, data: Path | None) -> str:
         text += f"data = {json.dumps(str(data.absolute()))}\n"
     signing.write_new(folder.settings_file, text.encode(), 0o600)
     signing.write_new(folder.policy_file, POLICY.encode(), 0o600)
+    write_services("site", folder.path, data=None if data is None else data.absolute())
     return site_fingerprint(_request(folder)["request"])
 
 

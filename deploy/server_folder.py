@@ -11,6 +11,7 @@
     runs/           the run store
     audit/          who was let in, who was not, what was run; hash-chained
     logs/
+    service/        a systemd unit and a compose file for this folder
 
 Whoever may write here is the server's administrator: there is no other way to give it orders.
 """

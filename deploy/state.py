@@ -21,12 +21,14 @@ class ServerState(NamedTuple):
         pid: that process; ``None``: none.
         job: the run under way, by its id in the queue.
         sites: member -> ``online``, and ``seen``: until when it counts as online.
+        up: whether that process has said so within half a minute.
     """
 
     running: bool
     pid: int | None
     job: str | None
     sites: Mapping[str, Mapping[str, Any]]
+    up: bool = False
 
 
 def server_state(folder: ServerFolder) -> ServerState:
@@ -45,4 +47,4 @@ def server_state(folder: ServerFolder) -> ServerState:
         table, fresh = {}, False
     if not running or not fresh:
         return ServerState(running, table.get("pid") if running else None, None, nobody)
-    return ServerState(True, table["pid"], table.get("job"), {**nobody, **table["sites"]})
+    return ServerState(True, table["pid"], table.get("job"), {**nobody, **table["sites"]}, True)

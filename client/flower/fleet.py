@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -389,10 +389,12 @@ class Heart:
 
     Args:
         fleet: not used by anybody else.
+        heard: called after each beat that the server answered.
     """
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, heard: Callable[[], object] = lambda: None) -> None:
         self._fleet = fleet
+        self._heard = heard
         self._ended = threading.Event()
         self.denied = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -413,6 +415,7 @@ class Heart:
             try:
                 self._fleet.beat()
                 self.denied.clear()
+                self._heard()
             except DeniedError:
                 self.denied.set()
             except (LostError, GoneError, TooLargeError):

@@ -83,7 +83,7 @@ class Site:
         self._kit = folder.kit()
         self._report = report
         folder.make()
-        self._lock = locks.acquire(folder.state / "lock")
+        self._lock = locks.acquire(folder.lock_file)
         if self._lock is None:
             raise InputError(
                 "this site runs already", where=str(folder.path), fix="end the other process"
@@ -108,7 +108,7 @@ class Site:
     def run(self) -> Served:
         """Works until it is interrupted (Ctrl-C, SIGTERM)."""
         key = self._folder.node_key.read_bytes()
-        fleet, heart = self._connect(key), Heart(self._connect(key))
+        fleet, heart = self._connect(key), Heart(self._connect(key), self._folder.heard_file.touch)
         heart.start()
         self._report(f"site '{self._settings.name}', server {self._kit.server}")
         try:
