@@ -1,0 +1,210 @@
+"""What a policy writes to prompts, how likely that was, and what it is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from umbel.core.errors import InputError
+from umbel.core.run_file import Part
+from umbel.datasets.federated import Info
+from umbel.tasks.collect import Columns
+from umbel.tasks.evaluate import tensor_of
+from umbel.tasks.language import symbols
+from umbel.tasks.language.generation import Sampling, generate
+from umbel.tasks.models.build import builder
+from umbel.tasks.preferences import rewards
+from umbel.tasks.preferences.losses import kl, log_probs
+from umbel.tasks.task import Batch, Forward, Task
+
+TOGETHER = 256
+"""Completions that are written in one computation."""
+
+UNIT = "prompt with all its completions"
+
+
+class Play(NamedTuple):
+    """How completions are written.
+
+    Args:
+        info: of the prompts.
+        reward: what they are worth.
+        samples: completions of each prompt.
+        length: symbols of a completion, at most.
+        least: its number of symbols is drawn between this and ``length``; ``None``: no draw.
+        temperature: > 0; of the policy, in training and evaluation alike.
+        end: the symbol that ends a completion; ``None``: none does.
+    """
+
+    info: Info
+    reward: rewards.Reward
+    samples: int
+    length: int
+    least: int | None
+    temperature: float
+    end: int | None
+
+    def sampling(self) -> Sampling:
+        """How symbols are drawn: from the policy as it is, which the losses' ratios assume."""
+        return Sampling(temperature=self.temperature, end=self.end)
+
+
+class Rollouts(NamedTuple):
+    """R completions, those of a prompt one after another; target t is symbol t + 1.
+
+    Args:
+        tokens: (R, T), prompt and completion.
+        counted: (R, T - 1), whether target t is the completion's.
+        then: (R, T - 1), its log-probability under the policy that wrote it.
+        reference: (R, T - 1), under the reference.
+        outputs: (R, T, …), what the policy gave besides the symbols' scores.
+        rewards: (R,).
+    """
+
+    tokens: Tensor
+    counted: Tensor
+    then: Tensor
+    reference: Tensor
+    outputs: Tensor
+    rewards: Tensor
+
+    def strays(self) -> Tensor:
+        """(R,): the KL to the reference, nats a completion; estimated, never negative."""
+        return (kl(self.then, self.reference) * self.counted).sum(1)
+
+
+@torch.no_grad()
+def roll_out(
+    forward: Forward, held: Mapping[str, Tensor], play: Play, samples: int, seed: int
+) -> Rollouts:
+    """``samples`` completions of each prompt.
+
+    Args:
+        forward: the policy with its reference, without dropout.
+        held: ``x`` (n, P), prompts, and what the reward reads.
+        play: how they are written.
+        samples: of each prompt.
+        seed: of the draws.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    records = {name: column.repeat_interleave(samples, 0) for name, column in held.items()}
+    parts = [
+        _some(forward, {n: c[start : start + TOGETHER] for n, c in records.items()}, play, draw)
+        for start in range(0, len(records["x"]), TOGETHER)
+    ]
+    return Rollouts(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _some(
+    forward: Forward, records: dict[str, Tensor], play: Play, draw: torch.Generator
+) -> Rollouts:
+    info, prompts = play.info, records["x"]
+    assert info.vocabulary is not None
+    count, filling = info.vocabulary, info.padding or 0
+    lengths = symbols.inside(prompts, info.padding).sum(1)
+
+    def next_symbols(tokens: Tensor) -> Tensor:
+        return forward(tokens)[..., :count]
+
+    new = play.length if play.least is None else (play.least, play.length)
+    done = generate(next_symbols, prompts, lengths, new, play.sampling(), draw, filling)
+    whole = forward(done.tokens)
+    logits = symbols.check(whole[..., :count], done.tokens, count)
+    before = forward(done.tokens, reference=True)
+    return Rollouts(
+        done.tokens,
+        done.written[:, 1:],
+        log_probs(logits, done.tokens, play.temperature),
+        log_probs(before, done.tokens, play.temperature),
+        whole[..., count:].float(),
+        _rewards(done.tokens, done.written, lengths, records, play),
+    )
+
+
+def _rewards(
+    tokens: Tensor, written: Tensor, lengths: Tensor, records: dict[str, Tensor], play: Play
+) -> Tensor:
+    # All completions begin in the first column.
+    place = lengths[:, None] + torch.arange(play.length, device=tokens.device)
+    inside = written.gather(1, place)
+    completions = tokens.gather(1, place)
+    if play.end is not None:
+        inside = inside & (completions != play.end)
+    given = dict(records)
+    if "answer" in records and play.info.padding is not None:
+        padding = records["answer"] == play.info.padding
+        given["answer"] = records["answer"].masked_fill(padding, rewards.PADDING)
+    completions = completions.masked_fill(~inside, rewards.PADDING)
+    found = play.reward(completions, inside.sum(1), given)
+    if found.shape != (len(tokens),):
+        raise InputError(
+            f"the reward of {len(tokens)} completions has shape {tuple(found.shape)}",
+            where="[task] reward",
+            fix="return one number a completion",
+        )
+    return found.float()
+
+
+def made(module: nn.Module, held: Columns, play: Play, seed: int) -> Rollouts:
+    """:func:`roll_out` of what a client holds, on the module's device."""
+    device = next(module.parameters()).device
+    columns = {name: tensor_of(column).to(device) for name, column in held.items()}
+    return roll_out(module, columns, play, play.samples, seed)
+
+
+def shortest(least: int | None, length: int) -> int | None:
+    """``least``, if it is no more than ``length``.
+
+    Raises:
+        InputError: it is more.
+    """
+    if least is not None and least > length:
+        raise InputError(
+            f"least = {least} is more than length = {length}", where="[task]", fix="swap them"
+        )
+    return least
+
+
+def mean(values: Tensor, counted: Tensor) -> Tensor:
+    """The means over the symbols of each completion, (…, T) -> (…)."""
+    return symbols.mean(values, counted)
+
+
+def last(counted: Tensor) -> Tensor:
+    """Which symbol of each completion is its last, (R, T) bool."""
+    behind = counted.flip(1).cumsum(1).flip(1)
+    return counted & (behind == 1)
+
+
+def columns(play: Play, **tensors: Tensor) -> Columns:
+    """(R, …) tensors as columns (n, samples, …), a row a prompt."""
+    return {
+        name: t.reshape(-1, play.samples, *t.shape[1:]).cpu().numpy() for name, t in tensors.items()
+    }
+
+
+def model(play: Play, part: Part | str | None) -> Any:
+    """What builds the policy, with room for prompt and completion."""
+    width = play.info.input_shape[0] + play.length
+    count = symbols.vocabulary(play.info, "a policy")
+    return builder(part or "gpt", replace(play.info, input_shape=(width,)), count, "causal")
+
+
+def test(play: Play, build: Any) -> Task:
+    """What evaluation measures: one completion of each prompt, the same draws each time.
+
+    ``loss`` is the reward, negative; ``kl`` in nats a completion.
+    """
+
+    def losses(forward: Forward, batch: Batch) -> Tensor:
+        return -roll_out(forward, batch, play, 1, 0).rewards
+
+    def metrics(forward: Forward, batch: Batch) -> Mapping[str, Tensor]:
+        found = roll_out(forward, batch, play, 1, 0)
+        return {"reward": found.rewards, "kl": found.strays()}
+
+    return Task(build, losses, metrics)
