@@ -11,7 +11,7 @@ denominator.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from umbel.core.run_file import Privacy, RunFile
 from umbel.core.trees import Tree, map_tree
 from umbel.privacy.adaptive_clipping import AdaptiveClip, count_std, split
 from umbel.privacy.noise import normals
-from umbel.privacy.participation import plan
+from umbel.privacy.participation import Plan, plan
 from umbel.privacy.per_example import clipped
 from umbel.privacy.per_example.choose import choose
 from umbel.privacy.per_example.clipped import Bounds, ClippedSum, Forward, Method
@@ -76,15 +76,14 @@ class PrivateSteps:
         """
         n = len(next(iter(columns.values())))
         own, source = plan(self.run, n), self.sources(round_number, client)
-        clip = _Clip(self.run.privacy, list(self._params), n / own.parts)
+        clip = Clip(self.run.privacy, list(self._params), n / own.parts)
         optimizer = optimizers.Stacked(self.run.client, lr)
         stacked = [p.detach()[None] for p in self._params.values()]
-        for _ in range(own.steps):
-            rows = poisson(source.stream, n, own.parts)
+        for rows, drawn in schedule(own, n, clip, source):
             found = self._sum(columns, rows, clip.bounds)
             noisy = source.add_gaussian(found.total, clip.std)
             gradient: Tree = map_tree(lambda t: t / clip.expected, noisy)
-            clip.follow(found.short, len(rows), source)
+            clip.follow(found.short, len(rows), drawn)
             gradient = self._with_rule(gradient, anchor)
             optimizer.step(stacked, [gradient[name][None] for name in self._params])
 
@@ -122,7 +121,7 @@ class PrivateSteps:
         return self.rule.gradient(gradient, Local(params, anchor))
 
 
-class _Clip:
+class Clip:
     """The bounds of the next step, which may follow a quantile of the norms within a round.
 
     Each round starts from ``clip_norm``: a client keeps nothing between rounds.
@@ -152,12 +151,23 @@ class _Clip:
         """Of the noise on the sum."""
         return self._noise * self._norm
 
-    def follow(self, short: int, came: int, source: Source) -> None:
-        """Moves the bound by the noised count of gradients that were not clipped."""
-        if self._rule is None:
-            return
-        noise = self._count_std * float(normals(source.stream, 1)[0])
-        self._norm = self._rule.update(self._norm, short - came / 2 + noise, self.expected)
+    def noise(self, source: Source) -> float:
+        """Draws the noise of one count, where bounds follow one; else 0, and nothing is drawn."""
+        return 0.0 if self._rule is None else self._count_std * float(normals(source.stream, 1)[0])
+
+    def follow(self, short: int, came: int, drawn: float) -> None:
+        """Moves the bound by the count of gradients that were not clipped, and its noise."""
+        if self._rule is not None:
+            self._norm = self._rule.update(self._norm, short - came / 2 + drawn, self.expected)
+
+
+def schedule(
+    own: Plan, n: int, clip: Clip, source: Source
+) -> Iterator[tuple[npt.NDArray[np.int64], float]]:
+    """What a client draws from its stream in a round: of each step, the rows and ``clip.noise``."""
+    for _ in range(own.steps):
+        rows = poisson(source.stream, n, own.parts)
+        yield rows, clip.noise(source)
 
 
 PARAMETERS_ALONE = frozenset({"loss_terms", "grad_transforms"})

@@ -75,7 +75,7 @@ class BookKeeping:
                 return clipped.nothing(self._params)
             return self(clipped.without(batch, finite), bounds)
         squares = {n: k.squares for n, k in known.items()}
-        total = {n: known[n].weighted(factors[n]) for n in self._params}
+        total = {n: known[n].weighted(factors[n][None])[0] for n in self._params}
         return ClippedSum(total, clipped.short(squares, bounds, finite))
 
     def _known(self, batch: Batch) -> dict[str, Known]:

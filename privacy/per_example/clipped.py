@@ -30,18 +30,19 @@ class Bounds(NamedTuple):
     """How long one example's gradient may be.
 
     Args:
-        clip_norm: of the whole, > 0.
+        clip_norm: of the whole, > 0; a tensor where the examples' bounds differ.
         layers: name -> bound of that parameter alone; ``None``: the whole is scaled by one factor.
     """
 
-    clip_norm: float
+    clip_norm: float | Tensor
     layers: Mapping[str, float] | None = None
 
     def factors(self, squares: Tree) -> tuple[dict[str, Tensor], Tensor]:
         """What each example's gradient is scaled by, and which examples have none.
 
         Args:
-            squares: name -> (B,) float32: squared L2 norms of each parameter's gradient.
+            squares: name -> (B,) float32: squared L2 norms of each parameter's gradient. Of any
+                other shape alike.
 
         Returns:
             name -> (B,) float32, 0 for the examples without; and (B,) bool: False where a norm is
@@ -55,7 +56,7 @@ class Bounds(NamedTuple):
         return {n: _factor(s.double(), self.layers[n], finite) for n, s in squares.items()}, finite
 
 
-def _factor(squares: Tensor, bound: float, finite: Tensor) -> Tensor:
+def _factor(squares: Tensor, bound: float | Tensor, finite: Tensor) -> Tensor:
     # Where the norm is 0, so is the gradient, whatever it is multiplied by.
     scale = (bound * ROOM / squares.sqrt().clamp(min=1e-300)).clamp(max=1.0)
     return torch.where(finite, scale, 0.0).float()

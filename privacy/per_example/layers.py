@@ -22,8 +22,9 @@ class Known(NamedTuple):
     """One parameter's per-example gradients, without saying how they are held.
 
     Args:
-        squares: (B,), squared L2 norms.
-        weighted: factors (B,) -> (*shape), the sum of the gradients times their factors.
+        squares: (examples,), squared L2 norms.
+        weighted: factors (groups, B) -> (groups, *shape): of each B consecutive examples, the sum
+            of the gradients times their factors. One group: one client's batch.
     """
 
     squares: Tensor
@@ -34,7 +35,12 @@ def written(gradients: Tensor) -> Known:
     """From the gradients themselves, (B, *shape)."""
     flat = gradients.flatten(1)
     squares = torch.linalg.vector_norm(flat, dim=1).square()
-    return Known(squares, lambda factors: (factors @ flat).view(gradients.shape[1:]))
+
+    def weighted(factors: Tensor) -> Tensor:
+        apart = flat.view(*factors.shape, -1)
+        return torch.bmm(factors[:, None], apart).view(len(factors), *gradients.shape[1:])
+
+    return Known(squares, weighted)
 
 
 def _products(left: Tensor, right: Tensor) -> Known:
@@ -42,7 +48,9 @@ def _products(left: Tensor, right: Tensor) -> Known:
     terms, rows, columns = left.shape[1], left.shape[2], right.shape[2]
 
     def weighted(factors: Tensor) -> Tensor:
-        return (left * factors[:, None, None]).flatten(0, 1).t() @ right.flatten(0, 1)
+        groups = len(factors)
+        scaled = (left * factors.reshape(-1, 1, 1)).view(groups, -1, rows)
+        return torch.bmm(scaled.transpose(1, 2), right.reshape(groups, -1, columns))
 
     if terms == 1:
         squares = left.square().sum((1, 2)) * right.square().sum((1, 2))
@@ -69,7 +77,7 @@ def _conv2d(layer: nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Known]:
     if layer.groups == 1:
         flat = _products(pixels.transpose(1, 2), patches.transpose(1, 2))
         shape = layer.weight.shape
-        weight = Known(flat.squares, lambda factors: flat.weighted(factors).view(shape))
+        weight = Known(flat.squares, lambda factors: flat.weighted(factors).view(-1, *shape))
     else:
         apart = pixels.view(size, layer.groups, out // layer.groups, -1)
         own = patches.view(size, layer.groups, -1, patches.shape[-1])
@@ -122,9 +130,12 @@ def _embedding(layer: nn.Embedding, x: Tensor, g: Tensor) -> dict[str, Known]:
     squares = (torch.bmm(g, g.transpose(1, 2)) * same).sum((1, 2)).clamp(min=0)
 
     def weighted(factors: Tensor) -> Tensor:
-        rows = (g * factors[:, None, None]).flatten(0, 1)
-        table = torch.zeros_like(layer.weight, dtype=g.dtype)
-        return table.index_add_(0, tokens.flatten(), rows)
+        rows = (g * factors.reshape(-1, 1, 1)).flatten(0, 1)
+        groups, (symbols, width) = len(factors), layer.weight.shape
+        table = g.new_zeros(groups * symbols, width)
+        first = torch.arange(groups, device=tokens.device) * symbols
+        at = tokens.view(groups, -1) + first[:, None]
+        return table.index_add_(0, at.flatten(), rows).view(groups, symbols, width)
 
     return {"weight": Known(squares, weighted)}
 
