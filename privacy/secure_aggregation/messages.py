@@ -19,6 +19,7 @@ roster, graph and keys are kept, Again takes the place of Invitation and is answ
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -160,7 +161,7 @@ class Shares:
     member: int
     seed_digest: bytes
     root_digest: bytes
-    boxes: tuple[Entry, ...]
+    boxes: Sequence[Entry]
 
     def body(self) -> bytes:
         """The encoding without its header."""
@@ -179,7 +180,7 @@ class Delivery:
     """The boxes that a member's neighbours sealed for it, by sender."""
 
     KIND: ClassVar[int] = 7
-    boxes: tuple[Entry, ...]
+    boxes: Sequence[Entry]
 
     def body(self) -> bytes:
         """The encoding without its header."""
@@ -201,7 +202,7 @@ class Masked:
 
     KIND: ClassVar[int] = 8
     member: int
-    seals: tuple[Entry, ...]
+    seals: Sequence[Entry]
     words: bytes | memoryview
 
     def body(self) -> bytes:
@@ -222,7 +223,7 @@ class Survivors:
     KIND: ClassVar[int] = 9
     active: tuple[int, ...]
     dead: tuple[int, ...]
-    tags: tuple[Entry, ...]
+    tags: Sequence[Entry]
 
     def signed(self, graph_digest: bytes) -> bytes:
         """The bytes that all consent to: the same for everybody."""
@@ -245,7 +246,7 @@ class Consent:
     KIND: ClassVar[int] = 10
     member: int
     digest: bytes
-    tags: tuple[Entry, ...]
+    tags: Sequence[Entry]
 
     def body(self) -> bytes:
         """The encoding without its header."""
@@ -262,7 +263,7 @@ class Consents:
     """The consents of a member's neighbours: digest and tag of each."""
 
     KIND: ClassVar[int] = 11
-    consents: tuple[Entry, ...]
+    consents: Sequence[Entry]
 
     def body(self) -> bytes:
         """The encoding without its header."""
@@ -280,8 +281,8 @@ class Unmask:
 
     KIND: ClassVar[int] = 12
     member: int
-    seeds: tuple[Entry, ...]
-    roots: tuple[Entry, ...]
+    seeds: Sequence[Entry]
+    roots: Sequence[Entry]
 
     def body(self) -> bytes:
         """The encoding without its header."""

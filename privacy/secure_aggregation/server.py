@@ -18,10 +18,12 @@ import numpy as np
 from umbel.core.errors import InputError
 from umbel.privacy.secure_aggregation import graph
 from umbel.privacy.secure_aggregation.agreement import RoundKeys
-from umbel.privacy.secure_aggregation.boxes import TAG_BYTES
+from umbel.privacy.secure_aggregation.boxes import BOX_BYTES, HALF_BYTES, TAG_BYTES
+from umbel.privacy.secure_aggregation.edges import Edges
 from umbel.privacy.secure_aggregation.identities import Directory
 from umbel.privacy.secure_aggregation.keystream import Words
 from umbel.privacy.secure_aggregation.messages import (
+    DIGEST_BYTES,
     Advert,
     Again,
     Consent,
@@ -42,9 +44,11 @@ from umbel.privacy.secure_aggregation.messages import (
 )
 from umbel.privacy.secure_aggregation.parameters import MAX_DRAWS, Design
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
+from umbel.privacy.secure_aggregation.shamir import SHARE_BYTES
 from umbel.privacy.secure_aggregation.statements import SIGN_REFUSAL
 from umbel.privacy.secure_aggregation.terms import Terms
 from umbel.privacy.secure_aggregation.unmasking import Cannot, unmask
+from umbel.privacy.secure_aggregation.wire import Entries
 from umbel.privacy.secure_aggregation.words import unpack_words
 
 
@@ -86,13 +90,12 @@ class Setup(NamedTuple):
     """What a server may keep of a round, to ask the same members again without new keys.
 
     Args:
-        roster: as it was sent. digest: of roster and graph.
-        neighbours: of each member, ascending.
+        roster: as it was sent. digest: of roster and graph. edges: the graph.
     """
 
     roster: Roster
     digest: bytes
-    neighbours: Mapping[int, tuple[int, ...]]
+    edges: Edges
 
 
 class Server:
@@ -131,17 +134,24 @@ class Server:
         self._roster = Roster(0, 0, 0, b"")
         self._draw = 0
         self._nonces: dict[int, bytes] = {}
-        self._neighbours: Mapping[int, tuple[int, ...]] = {}
+        self._edges = Edges((), ())
         self._graph_digest = b""
         self.setup = setup
-        self._shares: dict[int, Shares] = {}
-        self._dealt_with: dict[int, tuple[int, ...]] = {}
         self._sum = np.zeros(terms.size, dtype="<u4")
-        self._seals: dict[int, dict[int, bytes]] = {}
-        self._dead: tuple[int, ...] = ()
+        self._neighbours: Mapping[int, tuple[int, ...]] = {}
+        self._digests: dict[int, tuple[bytes, bytes]] = {}
+        self._boxes: dict[int, Entries] = {}
+        # Edges with a mask: both ends dealt. Of them, those that lead to somebody in the sum.
+        self._held = self._live = self._edges.between(self._edges.nobody())
+        self._partners: Mapping[int, tuple[int, ...]] = {}
         self._survivors: tuple[int, ...] = ()
+        self._dead: tuple[int, ...] = ()
+        self._alive: Mapping[int, tuple[int, ...]] = {}
+        self._lost_partners: Mapping[int, tuple[int, ...]] = {}
+        self._seals: dict[int, Entries] = {}
         self._consents: dict[int, Consent] = {}
-        self._opened: dict[int, Unmask] = {}
+        self._seeds: dict[int, Entries] = {}
+        self._roots: dict[int, Entries] = {}
 
     @property
     def stage(self) -> Stage:
@@ -156,7 +166,8 @@ class Server:
     def invite(self) -> Outbox:
         """The first messages."""
         if self.setup is not None:
-            self._roster, self._neighbours = self.setup.roster, self.setup.neighbours
+            self._roster = self.setup.roster
+            self._lay_edges(self.setup.edges)
             self._graph_digest = graph.kept_digest(self._digest, self.setup.digest)
             self._open(Stage.SHARES, self._invited)
             again = Again(self._terms.encode(), self.setup.digest)
@@ -204,29 +215,31 @@ class Server:
                     raise _unused("a secret that it did not promise")
                 self._nonces[member] = message.nonce
             case Shares(member=member):
-                if tuple(them for them, _ in message.boxes) != self._neighbours[member]:
+                boxes = Entries.of(message.boxes, BOX_BYTES)
+                if boxes.members != self._neighbours[member]:
                     raise _unused("shares for others than its neighbours")
-                self._shares[member] = message
+                self._digests[member] = message.seed_digest, message.root_digest
+                self._boxes[member] = boxes
             case Masked(member=member):
-                partners = self._partners(member)
-                if tuple([them for them, _ in message.seals]) != partners:
+                seals = Entries.of(message.seals, TAG_BYTES + HALF_BYTES)
+                if seals.members != self._partners[member]:
                     raise _unused("a vector with other masks than those dealt")
                 words = unpack_words(message.words, self._terms)
                 np.add(self._sum, words, out=self._sum)
-                self._seals[member] = dict(message.seals)
+                self._seals[member] = seals
             case Consent(member=member):
+                if Entries.of(message.tags, TAG_BYTES).members != self._alive[member]:
+                    raise _unused("a consent for others than its live neighbours")
                 self._consents[member] = message
             case Unmask(member=member):
-                partners = self._partners(member)
-                alive = set(self._survivors)
-                seeds = tuple(them for them in partners if them in alive)
-                keys = tuple(them for them in partners if them not in alive)
-                if (
-                    tuple(them for them, _ in message.seeds) != seeds
-                    or tuple(them for them, _ in message.roots) != keys
+                seeds = Entries.of(message.seeds, SHARE_BYTES)
+                roots = Entries.of(message.roots, SHARE_BYTES)
+                if (seeds.members, roots.members) != (
+                    self._alive[member],
+                    self._lost_partners[member],
                 ):
                     raise _unused("other shares than those asked for")
-                self._opened[member] = message
+                self._seeds[member], self._roots[member] = seeds, roots
 
     def advance(self) -> Outbox | Total | Aborted:
         """Closes the stage: who has not answered is lost; the next messages, or the end."""
@@ -252,9 +265,8 @@ class Server:
         self._stage = Stage.OVER
         self._waiting = set()
         self._sum = np.zeros(0, dtype="<u4")
-        self._opened.clear()
-        self._shares.clear()
-        self._seals.clear()
+        for kept in (self._boxes, self._seals, self._seeds, self._roots):
+            kept.clear()
 
     def _send(self, messages: Mapping[int, Message]) -> Outbox:
         # What goes to all is encoded, and held, once.
@@ -311,76 +323,87 @@ class Server:
     def _lay_out(self, seed: bytes, order: graph.Order) -> None:
         members = tuple(self._adverts)
         self._graph_digest = graph.digest_of(self._roster_digest(), seed)
-        digest = self._graph_digest
-        table = graph.neighbours_on(order, self._roster.neighbours)
-        self._neighbours = {
-            m: tuple(members[i] for i in row) for m, row in zip(members, table, strict=True)
-        }
-        self.setup = Setup(self._roster, digest, self._neighbours)
+        self._lay_edges(Edges(members, graph.neighbours_on(order, self._roster.neighbours)))
+        self.setup = Setup(self._roster, self._graph_digest, self._edges)
         self._open(Stage.SHARES, members)
 
-    def _partners(self, member: int) -> tuple[int, ...]:
-        """The neighbours with whom ``member`` shares a mask: those who dealt, as it did."""
-        if self._stage is Stage.SHARES:  # still open
-            return tuple(them for them in self._neighbours[member] if them in self._shares)
-        return self._dealt_with[member]
+    def _lay_edges(self, edges: Edges) -> None:
+        self._edges = edges
+        self._neighbours = edges.neighbours(np.ones_like(edges.rows, dtype=np.bool_))
 
     def _close_shares(self) -> Outbox:
+        edges, dealt = self._edges, self._edges.flags(self._boxes)
         # Who has too few partners could not be unmasked; leaving it out may leave others with few.
-        while lonely := [m for m in self._shares if not self._enough(self._partners(m))]:
+        while True:
+            self._held = edges.between(dealt)
+            lonely = edges.listed(dealt & (self._held.sum(axis=1) < self._roster.threshold))
+            if not lonely:
+                break
             for member in lonely:
                 self.lost[member] = "too few neighbours dealt shares"
-                del self._shares[member]
-        self._at_least(len(self._shares))
-        self._dealt_with = {m: self._partners(m) for m in self._shares}
-        boxes: dict[int, list[tuple[int, bytes]]] = {m: [] for m in self._shares}
-        for source in sorted(self._shares):
-            for destination, box in self._shares[source].boxes:
-                if destination in boxes:
-                    boxes[destination].append((source, box))
-        self._open(Stage.MASKED, self._shares)
-        return self._send({m: Delivery(tuple(entries)) for m, entries in boxes.items()})
+                del self._boxes[member]
+            dealt = edges.flags(self._boxes)
+        self._at_least(len(self._boxes))
+        self._partners = edges.neighbours(self._held)
+        every = np.ones_like(self._held)
+        inbound = edges.inbound(edges.outbound(self._boxes, every, BOX_BYTES), self._held)
+        there = edges.listed(dealt)
+        self._boxes.clear()
+        self._open(Stage.MASKED, there)
+        return self._send({m: Delivery(inbound[m]) for m in there})
 
     def _close_masked(self) -> Outbox:
-        self._survivors = tuple(sorted(self._seals))
+        edges, masked = self._edges, self._edges.flags(self._seals)
+        self._survivors = edges.listed(masked)
         self._at_least(len(self._survivors))
-        self._dead = tuple(sorted(self._shares.keys() - self._seals.keys()))
-        self._reachable(self._seals.keys())
-        messages: dict[int, Message] = {}
-        for m in self._survivors:
-            there = [(v, self._seals[v]) for v in self._partners(m) if v in self._seals]
-            tags = tuple([(v, seals[m][:TAG_BYTES]) for v, seals in there])
-            messages[m] = Survivors(self._survivors, self._dead, tags)
+        dealt = self._held.any(axis=1)
+        self._dead = edges.listed(dealt & ~masked)
+        self._reachable(self._survivors)
+        self._live = self._held & masked[edges.rows]
+        self._alive = edges.neighbours(self._live)
+        self._lost_partners = edges.neighbours(self._held & ~self._live)
+        seals = edges.outbound(self._seals, self._held, TAG_BYTES + HALF_BYTES)
+        tags = edges.inbound(seals[..., :TAG_BYTES], self._live)
+        messages = {m: Survivors(self._survivors, self._dead, tags[m]) for m in self._survivors}
         self._open(Stage.CONSENTS, self._survivors)
         return self._send(messages)
 
     def _close_consents(self) -> Outbox:
-        self._reachable(self._consents.keys())
-        shown = {m: (c.digest, dict(c.tags)) for m, c in self._consents.items()}
+        self._reachable(self._consents)
+        edges, said = self._edges, self._consents
+        tags = {m: Entries.of(consent.tags, TAG_BYTES) for m, consent in said.items()}
+        shown = np.zeros((*edges.rows.shape, DIGEST_BYTES + TAG_BYTES), dtype=np.uint8)
+        shown[..., DIGEST_BYTES:] = edges.outbound(tags, self._live, TAG_BYTES)
+        for member, consent in said.items():
+            digest = np.frombuffer(consent.digest, dtype=np.uint8)
+            shown[edges.row[member], :, :DIGEST_BYTES] = digest
+        inbound = edges.inbound(shown, self._live & edges.flags(said)[edges.rows])
         messages: dict[int, Message] = {}
-        for m in self._consents:
-            there = [(v, *shown[v]) for v in self._partners(m) if v in shown]
-            consents = tuple([(v, digest + tags[m]) for v, digest, tags in there if m in tags])
-            if self._enough(consents):
-                messages[m] = Consents(consents)
+        for member in said:
+            if len(inbound[member]) >= self._roster.threshold:
+                messages[member] = Consents(inbound[member])
             else:
-                self.lost[m] = "too few neighbours consented"
-        self._reachable(messages.keys())
+                self.lost[member] = "too few neighbours consented"
+        self._reachable(messages)
         self._open(Stage.UNMASK, messages)
         return self._send(messages)
 
     def _close_unmask(self) -> Total:
-        self._reachable(self._opened.keys())
+        self._reachable(self._seeds)
+        edges = self._edges
+        opened = edges.outbound(self._seeds, self._live, SHARE_BYTES)
+        opened |= edges.outbound(self._roots, self._held & ~self._live, SHARE_BYTES)
         unmask(
             self._sum,
-            opened=self._opened.values(),
-            neighbours=self._neighbours,
-            partners={m: self._partners(m) for m in self._dead},
+            edges,
+            opened=opened,
+            given=self._held & edges.flags(self._seeds)[edges.rows],
+            live=self._live,
             survivors=self._survivors,
             dead=self._dead,
             threshold=self._roster.threshold,
-            dealt=self._shares,
-            seals=self._seals,
+            digests=self._digests,
+            seals=edges.outbound(self._seals, self._held, TAG_BYTES + HALF_BYTES),
             graph_digest=self._graph_digest,
             keys=RoundKeys(self._terms.run, self._terms.round_number, self._digest),
         )
@@ -389,25 +412,24 @@ class Server:
         self._end()
         return Total(words, self._survivors)
 
-    def _enough(self, members: tuple[object, ...]) -> bool:
-        return len(members) >= self._roster.threshold
-
     def _at_least(self, count: int) -> None:
         if count < self._min_cohort:
             raise Cannot(f"{count} members left, need {self._min_cohort}")
 
     def _reachable(self, present: Iterable[int]) -> None:
         """Ends the round if somebody's secret can no longer be rebuilt by those ``present``."""
-        there = set(present)
-        alive = set(self._survivors)
-        for m in (*self._survivors, *self._dead):
-            partners = self._partners(m)
-            # Nobody in the sum has a mask with it: nothing of it needs to be rebuilt.
-            if m not in alive and not any(v in alive for v in partners):
-                continue
-            left = sum(v in there for v in partners)
-            if left < self._roster.threshold:
-                raise Cannot(f"{left} neighbours of member {m} left, need {self._roster.threshold}")
+        edges = self._edges
+        left = (self._held & edges.flags(present)[edges.rows]).sum(axis=1)
+        masked = edges.flags(self._seals)
+        # Whom nobody in the sum has a mask with: nothing of it needs to be rebuilt.
+        needed = masked | (self._held & masked[edges.rows]).any(axis=1)
+        short = np.flatnonzero(needed & (left < self._roster.threshold))
+        if short.size:
+            row = int(short[0])
+            raise Cannot(
+                f"{left[row]} neighbours of member {edges.members[row]} left, "
+                f"need {self._roster.threshold}"
+            )
 
 
 def _unused(why: str) -> Refused:

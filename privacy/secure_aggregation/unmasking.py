@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+
+import numpy as np
 
 from umbel.privacy.secure_aggregation import shamir
 from umbel.privacy.secure_aggregation.agreement import RoundKeys
 from umbel.privacy.secure_aggregation.boxes import TAG_BYTES
+from umbel.privacy.secure_aggregation.edges import Bytes, Edges, Flags
 from umbel.privacy.secure_aggregation.keystream import Words, add_streams
-from umbel.privacy.secure_aggregation.messages import Shares, Unmask
 from umbel.privacy.secure_aggregation.statements import root_digest, seed_digest
 
 
@@ -18,15 +20,16 @@ class Cannot(Exception):
 
 def unmask(
     total: Words,
+    edges: Edges,
     *,
-    opened: Iterable[Unmask],
-    neighbours: Mapping[int, tuple[int, ...]],
-    partners: Mapping[int, tuple[int, ...]],
+    opened: Bytes,
+    given: Flags,
+    live: Flags,
     survivors: tuple[int, ...],
     dead: tuple[int, ...],
     threshold: int,
-    dealt: Mapping[int, Shares],
-    seals: Mapping[int, Mapping[int, bytes]],
+    digests: Mapping[int, tuple[bytes, bytes]],
+    seals: Bytes,
     graph_digest: bytes,
     keys: RoundKeys,
 ) -> None:
@@ -34,50 +37,50 @@ def unmask(
 
     Args:
         total: shape (size,), the sum of the masked vectors; changed in place, only at the end.
-        opened: what the members gave.
-        neighbours: of each member, ascending; the i-th holds the share at point i + 1.
-        partners: of each dead member, those with whom it shares a mask.
+        edges: the graph; the holder at place i of a row has the share at point i + 1.
+        opened: by holder, the share of each neighbour's secret, shape (n, k, 33).
+        given: by whose secret it is, which holders answered, shape (n, k).
+        live: the edges with a mask that lead to a survivor, shape (n, k).
         threshold: shares that open a secret.
-        dealt: what each member dealt, with the digests of its secrets.
-        seals: of each survivor, by neighbour: a tag, and its half of the mask key, wrapped.
+        digests: of each member's seed and root, as it dealt them.
+        seals: by sender, for each neighbour a tag and its half of the mask key, wrapped.
     Raises:
         Cannot: the shares of some member do not give the secret that it committed to.
     """
-    shares: dict[int, dict[int, bytes]] = {m: {} for m in (*survivors, *dead)}
-    place = {m: {v: i for i, v in enumerate(listed, 1)} for m, listed in neighbours.items()}
-    for message in opened:
-        holder = message.member
-        for member, share in (*message.seeds, *message.roots):
-            shares[member][place[member][holder]] = share
-    alive = set(survivors)
+    shares = opened.reshape(-1, opened.shape[-1])
     remove: list[bytes] = []
     restore: list[bytes] = []
     for member in survivors:
-        seed = _rebuild(member, shares[member], threshold)
-        if seed_digest(graph_digest, member, seed) != dealt[member].seed_digest:
+        row = edges.row[member]
+        seed = _rebuild(edges, row, shares, given, threshold)
+        if seed_digest(graph_digest, member, seed) != digests[member][0]:
             raise Cannot(f"the shares of member {member}'s seed are not those that it dealt")
         remove.append(keys.self_mask(seed, member))
     for member in dead:
-        live = [v for v in partners[member] if v in alive]
-        if not live:
+        row = edges.row[member]
+        places = np.flatnonzero(live[row])
+        if not len(places):
             continue
-        root = _rebuild(member, shares[member], threshold)
-        if root_digest(graph_digest, member, root) != dealt[member].root_digest:
+        root = _rebuild(edges, row, shares, given, threshold)
+        if root_digest(graph_digest, member, root) != digests[member][1]:
             raise Cannot(f"the shares of member {member}'s root are not those that it dealt")
-        for v in live:
+        sealed = seals.reshape(-1, seals.shape[-1])[edges.back[row, places], TAG_BYTES:]
+        for v, wrapped in zip(edges.numbers[row, places].tolist(), sealed, strict=True):
             half = keys.half(root, member, v)
-            other = keys.wrap(seals[v][member][TAG_BYTES:], half, v, member)
-            mask = keys.mask((half, other), member, v)
+            mask = keys.mask((half, keys.wrap(wrapped.tobytes(), half, v, member)), member, v)
             # v added the mask with a higher number and took off the one with a lower.
             (remove if member > v else restore).append(mask)
     add_streams(total, restore, remove)
 
 
-def _rebuild(member: int, shares: Mapping[int, bytes], threshold: int) -> bytes:
-    used = dict(sorted(shares.items())[:threshold])
-    if len(used) < threshold:
-        raise Cannot(f"{len(used)} shares of member {member}, need {threshold}")
+def _rebuild(edges: Edges, row: int, shares: Bytes, given: Flags, threshold: int) -> bytes:
+    places = np.flatnonzero(given[row])[:threshold]
+    member = edges.members[row]
+    if len(places) < threshold:
+        raise Cannot(f"{len(places)} shares of member {member}, need {threshold}")
+    held = shares[edges.back[row, places]]
+    points = (places + 1).tolist()
     try:
-        return shamir.combine(used)
+        return shamir.combine(dict(zip(points, map(bytes, held), strict=True)))
     except shamir.InconsistentSharesError:
         raise Cannot(f"the shares of member {member} do not belong together") from None

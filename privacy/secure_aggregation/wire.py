@@ -3,14 +3,60 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from itertools import chain
 from operator import lt
+from typing import overload
 
 from umbel.privacy.secure_aggregation.refusals import Reason, Refused
 
 Entry = tuple[int, bytes]  # a member and the bytes that concern it
+
+
+class Entries(Sequence[Entry]):
+    """Entries in the order of their members, kept as they travel: a server carries n·k of them.
+
+    Args:
+        data: for each the member, 4 bytes, and its own ``size`` bytes.
+    """
+
+    def __init__(self, data: bytes, size: int) -> None:
+        self.data, self.size = data, size
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], size: int) -> Entries:
+        """The same entries, each of ``size`` bytes."""
+        return entries if isinstance(entries, Entries) else cls(pack_entries(entries)[4:], size)
+
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """Whom they concern."""
+        return _members_of(len(self), self.size).unpack(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data) // (4 + self.size)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return struct.iter_unpack(f">I{self.size}s", self.data)
+
+    @overload
+    def __getitem__(self, at: int) -> Entry: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Entry, ...]: ...
+    def __getitem__(self, at: int | slice) -> Entry | tuple[Entry, ...]:
+        return tuple(self)[at]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
+@lru_cache(maxsize=64)
+def _members_of(count: int, size: int) -> struct.Struct:
+    return struct.Struct(">" + f"I{size}x" * count)
 
 
 class Reader:
@@ -44,14 +90,14 @@ class Reader:
             raise Refused(Reason.MALFORMED, f"a list of {count} members is cut short")
         return ascending(struct.unpack(f">{count}I", self.take(4 * count)))
 
-    def entries(self, size: int) -> tuple[Entry, ...]:
+    def entries(self, size: int) -> Entries:
         """A counted list of (member, ``size`` bytes), strictly ascending by member."""
         count = self.number(4)
         if (4 + size) * count > len(self._data) - self._at:
             raise Refused(Reason.MALFORMED, f"a list of {count} entries is cut short")
-        pairs = tuple(struct.iter_unpack(f">I{size}s", self.take((4 + size) * count)))
-        ascending([member for member, _ in pairs])
-        return pairs
+        found = Entries(self.take((4 + size) * count), size)
+        ascending(found.members)
+        return found
 
     def finish(self) -> None:
         """Refuses bytes after the end."""
@@ -77,7 +123,9 @@ def pack_members(members: tuple[int, ...]) -> bytes:
 
 def pack_entries(entries: Iterable[Entry]) -> bytes:
     """A counted list of (member, bytes of one size)."""
+    if isinstance(entries, Entries):
+        return struct.pack(">I", len(entries)) + entries.data
     listed = tuple(entries)
     size = len(listed[0][1]) if listed else 0
-    layout = ">I" + f"I{size}s" * len(listed)  # one call: there are n·k entries in a round
+    layout = ">I" + f"I{size}s" * len(listed)
     return struct.pack(layout, len(listed), *chain.from_iterable(listed))
