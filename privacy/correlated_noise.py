@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ from umbel.core.trees import Tree
 from umbel.privacy import matrix_factorisation, tree_aggregation
 from umbel.privacy.clipping import check_clip_norm
 from umbel.privacy.matrix_factorisation import WHERE, Participation
-from umbel.privacy.mechanisms import Gaussian, Relation
+from umbel.privacy.mechanisms import Factorisation, Factorised, Relation
 from umbel.privacy.noise import normals
 from umbel.privacy.streams import Generator, keyed_stream
 
-Kind: TypeAlias = Literal["tree", "banded"]
+Kind: TypeAlias = Factorisation
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,12 @@ class Correlated:
             reach = matrix_factorisation.sensitivity(self.coefficients, self.who)
         return self.noise_multiplier * self.clip_norm * reach
 
-    def mechanism(self, relation: Relation = "add-or-remove-one") -> Gaussian:
+    def mechanism(self, relation: Relation = "add-or-remove-one") -> Factorised:
         """One release, for all rounds together; sampling amplifies nothing."""
-        return Gaussian(self.noise_multiplier, relation=relation)
+        who = self.who
+        return Factorised(
+            self.kind, self.noise_multiplier, who.rounds, who.separation, who.times, relation
+        )
 
 
 class CorrelatedNoise:

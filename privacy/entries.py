@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from umbel.core.errors import InputError
-from umbel.privacy.mechanisms import Gaussian, Mechanism, Relation, Unit, parse
+from umbel.privacy.mechanisms import Factorised, Gaussian, Mechanism, Relation, Unit, parse
 from umbel.privacy.streams import Generator
 
 EVERY_CLIENT = "*"
@@ -63,9 +63,12 @@ class Entry:
             raise self._wrong(f"{self.steps} steps", "debit the most that may be taken, at least 1")
         if not self.client:
             raise self._wrong("no client is named", f"name one, or '{EVERY_CLIENT}' for all")
-        if isinstance(self.mechanism, Gaussian) and self.mechanism.relation != self.relation:
+        own = self.relation
+        if isinstance(self.mechanism, Gaussian | Factorised):
+            own = self.mechanism.relation
+        if own != self.relation:
             raise self._wrong(
-                f"relation '{self.relation}' over a mechanism of '{self.mechanism.relation}'",
+                f"relation '{self.relation}' over a mechanism of '{own}'",
                 "use one neighbouring relation",
             )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # it takes a second to load, and a client that clips needs no
 Unit: TypeAlias = Literal["example", "client"]
 Relation: TypeAlias = Literal["add-or-remove-one", "replace-one", "zero-out"]
 Sampler: TypeAlias = Literal["poisson", "none"]
+Factorisation: TypeAlias = Literal["tree", "banded"]
 
 
 def _one_of(name: str, value: str, options: Any) -> None:
@@ -134,6 +135,54 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
+class Factorised:
+    """ONE release of all rounds of a run, whose noise is correlated: each round's sum in turn.
+
+    It is a Gaussian release of what a factorisation makes of the rounds' clipped sums
+    (:mod:`umbel.privacy.correlated_noise`). Sampling amplifies nothing.
+
+    Args:
+        kind: of the factorisation.
+        noise_multiplier: std of a draw over how far one unit can move what it is added to, for
+            add-or-remove-one; 0 is no privacy at all.
+        rounds: of the run; there may be fewer.
+        separation: who took part sits out the next separation - 1 rounds, at least.
+        most: rounds that a unit takes part in, at most.
+        relation: as in :class:`Gaussian`.
+
+    Raises:
+        InputError: as :class:`Gaussian`.
+    """
+
+    kind: Factorisation
+    noise_multiplier: float
+    rounds: int
+    separation: int
+    most: int
+    relation: Relation = "add-or-remove-one"
+
+    def __post_init__(self) -> None:
+        _one_of("factorisation", self.kind, Factorisation)
+        self._gaussian()
+
+    @property
+    def sampling(self) -> Sampling:
+        """That of nobody in particular."""
+        return EVERYONE
+
+    def _gaussian(self) -> Gaussian:
+        return Gaussian(self.noise_multiplier, EVERYONE, self.relation)
+
+    def event(self) -> dp_accounting.DpEvent:
+        """The event of the one release."""
+        return self._gaussian().event()
+
+    def table(self) -> dict[str, Any]:
+        """Plain values, from which :func:`parse` makes the same mechanism."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Concentrated:
     """One release that satisfies rho-zCDP, such as a sum of discrete Gaussians.
 
@@ -217,7 +266,7 @@ class SkellamSum:
         return {"kind": "skellam", "variance": self.variance, "l2": self.l2, "l1": self.l1}
 
 
-Mechanism: TypeAlias = Gaussian | Concentrated | SkellamSum
+Mechanism: TypeAlias = Gaussian | Factorised | Concentrated | SkellamSum
 
 
 def factor(relation: Relation) -> float:
@@ -243,6 +292,8 @@ def parse(text: str) -> Mechanism:
         if table["kind"] == "gaussian":
             sampling = Sampling(table["sampler"], table["sampling_rate"], table["hidden_because"])
             return Gaussian(table["noise_multiplier"], sampling, table["relation"])
+        if table["kind"] in get_args(Factorisation):
+            return Factorised(**table)
         if table["kind"] == "concentrated":
             rho = table["rho"]
             return Concentrated(math.inf if rho is None else rho, table["name"])

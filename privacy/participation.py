@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from umbel.core.errors import InputError
 from umbel.core.run_file import Privacy, RunFile
-from umbel.privacy.mechanisms import EVERYONE, Gaussian, Sampling, batches
+from umbel.privacy.correlated_noise import Correlated
+from umbel.privacy.matrix_factorisation import Participation
+from umbel.privacy.mechanisms import EVERYONE, Factorised, Gaussian, Sampling, batches
 
 
 class Plan(NamedTuple):
@@ -34,14 +37,14 @@ def plan(run: RunFile, n: int) -> Plan:
 
 
 class Release(NamedTuple):
-    """What one round costs a client that is asked in it.
+    """What one round costs a client that is asked in it; with correlated noise, what all rounds do.
 
     Args:
         mechanism: one release.
         steps: how many.
     """
 
-    mechanism: Gaussian
+    mechanism: Gaussian | Factorised
     steps: int
 
 
@@ -57,6 +60,8 @@ def release(run: RunFile, noise_multiplier: float, n: int, cohort_rate: float) -
     """
     section = run.privacy
     relation = section.neighbouring
+    if section.correlated:
+        return Release(correlated(run, noise_multiplier).mechanism(relation), 1)
     if section.unit == "client":
         return Release(Gaussian(noise_multiplier, _cohort(section, cohort_rate), relation), 1)
     parts, steps = plan(run, n)
@@ -69,3 +74,21 @@ def _cohort(section: Privacy, rate: float) -> Sampling:
     if section.adversary == "server":
         return EVERYONE
     return Sampling("poisson", rate, section.adversary_because)
+
+
+def correlated(run: RunFile, noise_multiplier: float) -> Correlated:
+    """The plan of the noise of all rounds of ``run``.
+
+    Raises:
+        InputError: the run does not say how soon a client may come back.
+    """
+    section = run.privacy
+    assert section.mechanism == "tree" or section.mechanism == "banded"
+    if section.separation is None:
+        raise InputError(
+            "the separation of this run was not found out",
+            where="[privacy]",
+            fix="whoever conducts a run sets separation before it starts",
+        )
+    who = Participation(run.run.rounds, section.separation)
+    return Correlated(section.mechanism, who, section.clip_norm, noise_multiplier, section.band)

@@ -18,6 +18,7 @@ from umbel.server.rounds import Evaluate, Start, rounds
 from umbel.server.stopping import Patience, Until
 from umbel.server.store import RunStore
 from umbel.strategies.parts import Strategy
+from umbel.tasks.task import no_remark
 
 if TYPE_CHECKING:
     from umbel.privacy.sources import Sources
@@ -43,6 +44,7 @@ def conduct(
     sources: Sources | None = None,
     states: States | None = None,
     course: Callable[[Start], Iterator[RoundResult]] | None = None,
+    remark: Callable[[Mapping[str, float]], str] = no_remark,
 ) -> Ended:
     """Runs what is left of a run, and ends it in the store, however it ends.
 
@@ -62,6 +64,7 @@ def conduct(
             system.
         states: where clients in process keep what they keep.
         course: the rounds after a start, where they are not those of one federation.
+        remark: figures of a round -> what its note should warn of.
 
     Returns:
         ``finished``; ``interrupted`` by Ctrl-C; ``budget_exhausted``: the next round would pass the
@@ -97,8 +100,9 @@ def conduct(
         for result in () if stopped else going_on:
             now = time.monotonic()
             why = patience(result.record) or until(result.record)
-            if why:
-                note = "; ".join(filter(None, [result.record.note, why]))
+            warning = remark({**result.record.training, **result.record.metrics})
+            if why or warning:
+                note = "; ".join(filter(None, [result.record.note, warning, why]))
                 result = result._replace(record=replace(result.record, note=note))
             final = bool(why) or result.record.round == run.run.rounds
             if plan is None:
@@ -130,6 +134,8 @@ def conduct(
         store.finish(run_id, status, error=error)
         if guard is not None:
             store.keep_privacy(run_id, guard.report())
+            if status == "finished":
+                guard.end()
     return status
 
 

@@ -20,9 +20,10 @@ from umbel.privacy.clipping import zeroing
 from umbel.privacy.entries import EVERY_CLIENT, Entry
 from umbel.privacy.ledger import Ledger
 from umbel.privacy.noise import normals
-from umbel.privacy.participation import Release, release
+from umbel.privacy.participation import Release, correlated, release
 from umbel.privacy.sources import Sources
 from umbel.server import private_plan
+from umbel.server.private_noise import Released, RunNoise
 from umbel.server.private_plan import Sizes, finite
 from umbel.server.private_sum import Parts, Terms, check_mean, private_sum
 from umbel.server.sampling import cohort_size
@@ -32,7 +33,7 @@ LEDGER = "ledger.db"
 """In the run's folder."""
 
 KEPT = "privacy"
-"""Where the clip norm of an adaptive run stands in the server's state."""
+"""Where the server's state has the clip norm, and the last round that had a result."""
 
 
 class Guard:
@@ -80,6 +81,10 @@ class Guard:
         # Real noise is drawn anew when a killed run repeats a round: that is another release. What
         # is seeded comes out the same, to the bit.
         self._attempt = "1" if self._generator == "seeded" else secrets.token_hex(8)
+        self._since = 0
+        self._noise: RunNoise | None = None
+        if section.correlated:  # one release for all rounds, whose noise is never drawn anew
+            self._attempt = "1"
         self._run_id = run_id
         self._places: dict[str, int] | None = None
         self._plans: dict[Release, History] = {}
@@ -103,9 +108,14 @@ class Guard:
             planned=self._planned,
         )
         self._spent = self._ledger.epsilon().epsilon
+        if section.correlated:
+            plan = correlated(run, self._z)
+            self._noise = RunNoise(plan, folder, sources, clients, self._begun())
 
     def asked(self, number: int) -> list[str]:
-        """Who is asked in a round."""
+        """Who is asked in a round: nobody, where its result was given out before a crash."""
+        if self._released(number) is not None:
+            return []
         return private_plan.asked(self._run, self._clients, number, self._sources)
 
     def spend(self, number: int, asked: Sequence[str]) -> float | None:
@@ -118,6 +128,9 @@ class Guard:
             RefusedError: somebody would pass the budget; :attr:`exhausted` then says so. Nothing is
                 spent.
         """
+        if self._noise is not None and self._begun():  # all rounds were paid for before the first
+            self._spent = self._ledger.epsilon(accountant="pld").epsilon
+            return finite(self._spent)
         try:
             spent = self._ledger.debit_all(self._entries(number, asked))
         except RefusedError:
@@ -126,30 +139,43 @@ class Guard:
         self._spent = max([self._spent, *(found.epsilon for found in spent)])
         return finite(self._spent)
 
+    def _begun(self) -> bool:
+        return bool(self._ledger.lines())
+
     def last(self, number: int) -> bool:
         """Whether the budget leaves no round after this one."""
-        if self._section.epsilon is None:
+        if self._section.epsilon is None or self._noise is not None:
             return False
         return not self._ledger.affords(self._entries(number + 1, self.asked(number + 1)))
 
-    def quorum(self, quorum: int) -> int:
+    def quorum(self, quorum: int, number: int) -> int:
         """Updates without which a round has no result; none where a missing result would tell."""
-        return 0 if self._section.adversary == "outsider" else quorum
+        hidden = self._section.adversary == "outsider"
+        return 0 if hidden or self._released(number) is not None else quorum
+
+    def note(self, number: int) -> str:
+        """What a reader of the round's record should know."""
+        if self._released(number) is None:
+            return ""
+        return "its result was given out before this process began: nobody was asked again"
 
     def wanted(self, wanted: int, asked: Sequence[str]) -> int:
         """How many updates are enough."""
         return len(asked) if self._section.adversary == "outsider" else wanted
 
     def restore(self, state: ServerState) -> None:
-        """Takes up the clip norm where a resumed run had it."""
+        """Takes up clip norm and noise where a resumed run had them."""
         if KEPT in state:
             self.clip_norm = float(state[KEPT]["clip_norm"])
+            self._since = int(state[KEPT]["since"])
 
     def keep(self, state: ServerState) -> ServerState:
         """The server's state with what a resumed run needs."""
-        if self._adaptive is None:
+        if self._adaptive is None and self._noise is None:
             return state
-        return {**state, KEPT: {"clip_norm": torch.tensor(self.clip_norm, dtype=torch.float64)}}
+        kept = {"clip_norm": self.clip_norm, "since": float(self._since)}
+        tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in kept.items()}
+        return {**state, KEPT: tensors}
 
     def terms(self, number: int) -> Terms:
         """How the updates of a round are combined."""
@@ -166,20 +192,38 @@ class Guard:
 
     def _finish(self, number: int, total: Tree, short: int, came: int) -> Combined:
         """The noised sum over the fixed denominator; moves the clip norm for the next round."""
+        released = {n: t for n, t in total.items() if n not in self._buffers}
+        if self._noise is not None:
+            found = self._released(number)
+            if found is None:
+                found = Released(self._noise.add(released, number, self._since, came), came)
+            self._since = number
+            return self._over_cohort(total, found.tree, found.came)
         source = self._sources(number, "server")
         noise, bits = self._z, 0.0
         if self._adaptive is not None:
             noise, bits = split(self._z, count_std(self._z, self._expected))
-        released = {n: t for n, t in total.items() if n not in self._buffers}
         noisy = source.add_gaussian(released, noise * self.clip_norm)
         if self._adaptive is not None:
             drawn = bits * float(normals(source.stream, 1)[0])
             self.clip_norm = self._adaptive.update(
                 self.clip_norm, short - came / 2 + drawn, self._expected
             )
-        still = {n: torch.zeros_like(total[n]) for n in self._buffers}
-        delta: dict[str, Tensor] = map_tree(lambda t: t / self._expected, {**noisy, **still})
+        return self._over_cohort(total, noisy, came)
+
+    def _over_cohort(self, total: Tree, noisy: Tree, came: int) -> Combined:
+        """What was noised over the fixed denominator; buffers stay."""
+        whole = {n: noisy[n] if n in noisy else torch.zeros_like(t) for n, t in total.items()}
+        delta: dict[str, Tensor] = map_tree(lambda t: t / self._expected, whole)
         return Combined(delta, self._expected, came)
+
+    def _released(self, number: int) -> Released | None:
+        return None if self._noise is None else self._noise.released(number)
+
+    def end(self) -> None:
+        """Deletes what only further rounds would need."""
+        if self._noise is not None:
+            self._noise.forget()
 
     def report(self) -> dict[str, Any]:
         """What was spent, by the tightest accountant, as plain values."""
@@ -201,8 +245,10 @@ class Guard:
         }
 
     def _payers(self, asked: Sequence[str]) -> Sequence[str]:
-        """Whose data pay: those who were asked, or everybody where nobody sees who was."""
-        return asked if self._section.adversary == "server" else [EVERY_CLIENT]
+        """Whose data pay: those who were asked; or everybody, where nobody sees who was, and where
+        all rounds are one release."""
+        together = self._section.adversary == "outsider" or self._section.correlated
+        return [EVERY_CLIENT] if together else asked
 
     def _entries(self, number: int, asked: Sequence[str]) -> list[Entry]:
         return [self._entry(number, client) for client in self._payers(asked)]
@@ -211,7 +257,7 @@ class Guard:
         found = release(self._run, self._z, self._examples(client), self._rate)
         return Entry(
             run=self._run_id,
-            round=number,
+            round=1 if self._section.correlated else number,
             client=client,
             unit="client" if self._section.unit == "client" else "example",
             relation=self._section.neighbouring,

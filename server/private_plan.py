@@ -14,9 +14,10 @@ from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile
 from umbel.privacy.accounting import Accountant, Epsilon, History, epsilon, rdp_epsilon
 from umbel.privacy.calibration import noise_multiplier
+from umbel.privacy.mechanisms import Factorised
 from umbel.privacy.participation import Release, release
 from umbel.privacy.sources import Sources
-from umbel.server.sampling import cohort_size, sample
+from umbel.server.sampling import asked_at_most, cohort_size, sample, separated
 
 Sizes = Sequence[int] | npt.NDArray[np.int64]
 
@@ -58,6 +59,10 @@ def asked(run: RunFile, clients: Sequence[str], number: int, sources: Sources) -
     Where the adversary is an outsider each client is drawn by its own coin, and there may be
     nobody; else as in every other run.
     """
+    if run.privacy.correlated:
+        apart = run.privacy.separation
+        assert apart is not None
+        return separated(clients, run.strategy, run.run.seed, number, apart)
     if run.privacy.adversary == "server":
         return sample(clients, run.strategy, run.run.seed, number)
     rate = cohort_rate(run, len(clients))
@@ -69,6 +74,8 @@ def asked(run: RunFile, clients: Sequence[str], number: int, sources: Sources) -
 
 def loads(run: RunFile, sizes: Sizes) -> list[Load]:
     """Who pays how much over the planned rounds; one for each number of parts."""
+    if run.privacy.correlated:
+        return [Load(1, 1)]  # one release, of all rounds
     counted = np.asarray(sizes, dtype=np.int64)
     rounds = _rounds(run, len(counted))
     if run.privacy.unit == "client":
@@ -88,8 +95,7 @@ def _rounds(run: RunFile, clients: int) -> npt.NDArray[np.int64]:
     if run.privacy.adversary == "outsider":
         return np.full(clients, planned)
     count = np.zeros(clients, dtype=np.int64)
-    size = cohort_size(section, clients)
-    if min(clients, size + math.ceil(section.over_selection * size)) == clients:
+    if asked_at_most(section, clients) == clients:
         return count + planned
     places: Any = range(clients)
     for number in range(1, planned + 1):
@@ -138,7 +144,8 @@ def _planned(key: _Key, z: float) -> Planned:
 
 
 def calibrated(run: RunFile, sizes: Sizes) -> RunFile:
-    """The run with the noise multiplier that its budget asks for, unless it states one.
+    """The run with the noise multiplier that its budget asks for, unless it states one; and with
+    the separation that correlated noise is made for.
 
     Over the rounds that each client is really asked in: the cohorts of all rounds are known. No
     client passes the budget; the one that comes nearest just keeps it.
@@ -146,6 +153,7 @@ def calibrated(run: RunFile, sizes: Sizes) -> RunFile:
     Raises:
         InputError: the budget cannot be kept with any sensible noise.
     """
+    run = _apart(run, len(sizes))
     section = run.privacy
     if section.unit == "none" or section.noise_multiplier is not None:
         return run
@@ -166,6 +174,13 @@ def calibrated(run: RunFile, sizes: Sizes) -> RunFile:
             accountant=section.accountant,
         )
     return with_noise(run, z)
+
+
+def _apart(run: RunFile, clients: int) -> RunFile:
+    if not run.privacy.correlated or run.privacy.separation is not None:
+        return run
+    apart = max(1, clients // asked_at_most(run.strategy, clients))
+    return run.model_copy(update={"privacy": run.privacy.model_copy(update={"separation": apart})})
 
 
 def with_noise(run: RunFile, z: float) -> RunFile:
@@ -205,7 +220,11 @@ def describe(run: RunFile, sizes: Sizes, generator: str) -> dict[str, Any] | Non
     assert z is not None
     most = planned(run, sizes, z)
     mechanism = most.release.mechanism
+    rounds, apart = most.rounds, {}
+    if isinstance(mechanism, Factorised):  # one release, of all rounds
+        rounds, apart = mechanism.most, {"separation": mechanism.separation}
     return {
+        **apart,
         "unit": section.unit,
         "epsilon": finite(most.epsilon.epsilon),
         "delta": section.delta,
@@ -215,7 +234,7 @@ def describe(run: RunFile, sizes: Sizes, generator: str) -> dict[str, Any] | Non
         "sampling_rate": mechanism.sampling.rate,
         "accounted_rate": mechanism.sampling.accounted_rate,
         "steps": most.release.steps * most.rounds,
-        "rounds": most.rounds,
+        "rounds": rounds,
         "accountant": most.epsilon.accountant,
         "neighbouring": section.neighbouring,
         "mechanism": section.mechanism,
@@ -250,6 +269,13 @@ def check(run: RunFile, clients: int) -> None:
             "quorum and over_selection show who takes part, which adversary = 'outsider' hides",
             where="[strategy]",
             fix="remove them",
+        )
+    apart, together = section.separation or 1, asked_at_most(strategy, clients)
+    if apart * together > clients:
+        raise InputError(
+            f"separation = {apart} rounds of {together} clients, and there are {clients}",
+            where="[privacy] separation",
+            fix=f"set it to {max(1, clients // together)} or less, or take a smaller cohort",
         )
     if clients < 1:
         raise InputError("there is no client", where="[data]", fix="give it one")

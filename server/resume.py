@@ -23,6 +23,13 @@ def same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
             where=f"--resume {run_id}",
             fix=f"set rounds = {stored.run.rounds}",
         )
+    if growing and given.privacy.correlated:
+        raise InputError(
+            f"rounds differ from the stored run, and the noise of mechanism = "
+            f"'{given.privacy.mechanism}' was planned for all of them together",
+            where=f"--resume {run_id}",
+            fix=f"set rounds = {stored.run.rounds}",
+        )
     for section, table in left.items():
         for key, value in table.items():
             if value != right[section].get(key):

@@ -80,7 +80,6 @@ def rounds(
     _, model, state = start
     if guard is not None:
         guard.restore(state)
-        quorum = guard.quorum(quorum)
     empty = 0
     for number in range(start.round + 1, run.run.rounds + 1):
         began = time.perf_counter()
@@ -106,12 +105,13 @@ def rounds(
         )
         gate = Gate(number, asked, plan.expected(), cap)
         cohort = collect(federation.train(plan), gate, terms.combine, plan, run.strategy.weights)
-        note = ""
-        if len(cohort.participants) < quorum:
+        note = "" if guard is None else guard.note(number)
+        needed = quorum if guard is None else guard.quorum(quorum, number)
+        if len(cohort.participants) < needed:
             why = {f.reason for f in cohort.failures}
             all_say = f" ({why.pop()})" if len(why) == 1 else ""
             note = (
-                f"quorum missed: {len(cohort.participants)} of {quorum}{all_say}; the model stays"
+                f"quorum missed: {len(cohort.participants)} of {needed}{all_say}; the model stays"
             )
         else:
             combined = terms.combine.finish(cohort.sums)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from umbel.core import randomness
 from umbel.core.errors import InputError
@@ -60,10 +62,45 @@ def sample(clients: Sequence[str], section: Strategy, seed: int, round_number: i
     Uniform without replacement. Costs time and memory of the order of the cohort, not of the
     federation, unless the cohort is a large part of it.
     """
-    size = cohort_size(section, len(clients))
-    total = min(len(clients), size + math.ceil(section.over_selection * size))
+    size, total = cohort_size(section, len(clients)), asked_at_most(section, len(clients))
     places = distinct(randomness.key(seed, "cohort", round_number), total, len(clients))
     return [clients[i] for part in (places[:size], places[size:]) for i in sorted(part)]
+
+
+def separated(
+    clients: Sequence[str], section: Strategy, seed: int, round_number: int, separation: int
+) -> list[str]:
+    """As :func:`sample`, but who was asked is not asked again in the next separation - 1 rounds.
+
+    Clients are dealt to ``separation`` groups by the seed, and rounds go to the groups in turn: so
+    it is whatever round a server goes on from, with no memory of the rounds before.
+
+    Args:
+        clients: the federation's, at least separation times those asked in a round.
+        section: the strategy.
+        seed: of the run.
+        round_number: 1 …
+        separation: b >= 1.
+
+    Source: Choquette-Choo et al. 2023, section 4.1, fixed groups (arXiv:2306.08153).
+    """
+    total = asked_at_most(section, len(clients))
+    group = _dealt(seed, len(clients))[(round_number - 1) % separation :: separation]
+    drawn = distinct(randomness.key(seed, "cohort", round_number), total, len(group))
+    size = cohort_size(section, len(clients))
+    places = group[drawn].tolist()
+    return [clients[i] for part in (places[:size], places[size:]) for i in sorted(part)]
+
+
+def asked_at_most(section: Strategy, clients: int) -> int:
+    """How many clients a round asks, reserves included."""
+    size = cohort_size(section, clients)
+    return min(clients, size + math.ceil(section.over_selection * size))
+
+
+@lru_cache(maxsize=4)
+def _dealt(seed: int, n: int) -> npt.NDArray[np.int64]:
+    return randomness.permutation(randomness.key(seed, "groups"), n)
 
 
 def distinct(stream: np.uint64, count: int, n: int) -> list[int]:

@@ -42,8 +42,16 @@ class Privacy(Settings):
     """``adaptive``: the share of units that are not clipped."""
     clip_rate: Positive = 0.2
     """``adaptive``: the geometric rate at which the bound moves."""
-    mechanism: Literal["gaussian", "distributed-discrete-gaussian"] = "gaussian"
-    """What noise: continuous, or whole numbers that clients add under secure aggregation."""
+    mechanism: Literal["gaussian", "tree", "banded", "distributed-discrete-gaussian"] = "gaussian"
+    """What noise: continuous; ``tree`` and ``banded``: drawn for the whole run together, so that
+    later rounds take back what earlier ones added (unit ``client``, noise at the server); or whole
+    numbers that clients add under secure aggregation."""
+    separation: Count | None = None
+    """``tree``, ``banded``: a client that was asked sits out the next separation - 1 rounds.
+    ``None``: as many as leave a cohort to ask."""
+    band: Count | None = None
+    """``banded``: rounds over which noise is taken back; a server keeps as many draws, less one.
+    ``None``: the best power of two up to the separation."""
     place: Literal["server", "client"] = "server"
     """Unit ``client``: who adds the noise. ``client`` (local privacy) hides a delta from the server
     too, and needs much more of it for the same model."""
@@ -83,12 +91,41 @@ class Privacy(Settings):
             )
         if self.adversary == "outsider" and self.neighbouring == "replace-one":
             raise ValueError("sampling is not amplified under 'replace-one'; use another relation")
-        if self.mechanism != "gaussian":
+        self._correlated()
+        if self.mechanism == "distributed-discrete-gaussian":
             raise ValueError(
                 f"mechanism = '{self.mechanism}' needs secure aggregation, which runs do not have "
                 "yet; use mechanism = 'gaussian'"
             )
         return self
+
+    @property
+    def correlated(self) -> bool:
+        """Whether the noise of all rounds is one release."""
+        return self.unit != "none" and self.mechanism in ("tree", "banded")
+
+    def _correlated(self) -> None:
+        if not self.correlated:
+            if self.separation or self.band:
+                raise ValueError("separation and band belong to mechanism = 'tree' and 'banded'")
+            return
+        if (self.unit, self.place) != ("client", "server"):
+            raise ValueError(
+                f"mechanism = '{self.mechanism}' noises sums over clients at the server; use "
+                "unit = 'client' and place = 'server', or mechanism = 'gaussian'"
+            )
+        if self.adversary != "server":
+            raise ValueError(
+                f"mechanism = '{self.mechanism}' is for cohorts that are not drawn by coins, which "
+                "adversary = 'outsider' asks for; use one of the two"
+            )
+        if self.clipping == "adaptive":
+            raise ValueError(
+                f"mechanism = '{self.mechanism}' takes back noise that earlier rounds had, of the "
+                "same clip_norm; use clipping = 'flat' or 'per-layer'"
+            )
+        if self.mechanism == "tree" and self.band:
+            raise ValueError("a tree has no band; remove it, or use mechanism = 'banded'")
 
 
 class SecureAggregation(Settings):
