@@ -34,9 +34,9 @@ class Edges:
         self.numbers = np.array(self.members, dtype=">u4")[self.rows]
         n, k = self.rows.shape
         # Edges in the order of their heads, then tails, are the reverse ones in their own order.
-        self.back = np.empty(n * k, dtype=np.int64)
-        self.back[np.lexsort((np.repeat(np.arange(n), k), self.rows.ravel()))] = np.arange(n * k)
-        self.back = self.back.reshape(n, k)
+        back = np.empty(n * k, dtype=np.int64)
+        back[np.lexsort((np.repeat(np.arange(n), k), self.rows.ravel()))] = np.arange(n * k)
+        self.back = back.reshape(n, k)
 
     def nobody(self) -> Flags:
         """A flag for each member, shape (n,)."""
