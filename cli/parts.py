@@ -15,6 +15,7 @@ KINDS = (
     "tasks",
     "models",
     "adapters",
+    "methods",
     "datasets",
     "splits",
     "engines",

@@ -3,7 +3,9 @@
 What is released of a client's examples is that gradient alone. Loss terms, gradient transforms and
 the optimizer see it, the parameters and the global model, and nothing else of the data: they are
 post-processing. A loss term's gradient is added after the noise, unclipped: it is a function of
-parameters, the same on neighbouring data.
+parameters, the same on neighbouring data. So is what a client keeps from round to round, starts
+from or sends besides its delta, as long as it is made of these: control variates, dual variables,
+tensors of its own that never travel.
 
 Source: Abadi et al. 2016, Algorithm 1 (arXiv:1607.00133), with Poisson batches and a fixed
 denominator.
@@ -29,7 +31,8 @@ from umbel.privacy.per_example import clipped
 from umbel.privacy.per_example.choose import choose
 from umbel.privacy.per_example.clipped import Bounds, ClippedSum, Forward, Method
 from umbel.privacy.sources import Source, Sources, poisson
-from umbel.strategies.parts import ClientRule, Local
+from umbel.strategies.parts import ClientRule, Local, Trees
+from umbel.strategies.parts.rule import NONE
 from umbel.tasks.task import Batch, Task
 
 
@@ -63,9 +66,16 @@ class PrivateSteps:
         self._method: Method | None = None
 
     def train(
-        self, round_number: int, client: str, columns: Batch, anchor: Tree, lr: float
-    ) -> None:
-        """Trains the module, which holds the global model, for one round.
+        self,
+        round_number: int,
+        client: str,
+        columns: Batch,
+        anchor: Tree,
+        lr: float,
+        shared: Trees = NONE,
+        kept: Trees = NONE,
+    ) -> Local:
+        """Trains the module, which holds what the round starts from, for one round.
 
         Args:
             round_number: 1 … rounds.
@@ -73,19 +83,36 @@ class PrivateSteps:
             columns: its examples, name -> (n, …), on the module's device.
             anchor: a copy of the global parameters.
             lr: the learning rate of the round.
+            shared: what the strategy broadcasts besides.
+            kept: what the client kept.
+
+        Returns:
+            what the round ended with.
         """
         n = len(next(iter(columns.values())))
         own, source = plan(self.run, n), self.sources(round_number, client)
         clip = Clip(self.run.privacy, list(self._params), n / own.parts)
         optimizer = optimizers.Stacked(self.run.client, lr)
         stacked = [p.detach()[None] for p in self._params.values()]
-        for rows, drawn in schedule(own, n, clip, source):
+        for step, (rows, drawn) in enumerate(schedule(own, n, clip, source)):
+            if self.task.follow is not None:
+                self.task.follow(self.module, step)
             found = self._sum(columns, rows, clip.bounds)
             noisy = source.add_gaussian(found.total, clip.std)
             gradient: Tree = map_tree(lambda t: t / clip.expected, noisy)
             clip.follow(found.short, len(rows), drawn)
-            gradient = self._with_rule(gradient, anchor)
+            params = map_tree(lambda p: p.detach(), self._params)
+            local = Local(params, anchor, shared, kept, step, own.steps)
+            gradient = self._with_rule(gradient, local)
+            before = params if self.rule.after is None else map_tree(torch.clone, params)
             optimizer.step(stacked, [gradient[name][None] for name in self._params])
+            if self.rule.after is not None:
+                now = map_tree(torch.clone, params)
+                settled = self.rule.after(now, gradient, local._replace(params=before))
+                for name, p in params.items():
+                    p.copy_(settled[name])
+        ended = map_tree(lambda p: p.detach(), self._params)
+        return Local(ended, anchor, shared, kept, own.steps, own.steps)
 
     def _sum(self, columns: Batch, rows: npt.NDArray[np.int64], bounds: Bounds) -> ClippedSum:
         if not len(rows):
@@ -108,17 +135,17 @@ class PrivateSteps:
     def _losses(self, forward: Forward, batch: Batch) -> Tensor:
         return self.task.losses(forward, batch).float()
 
-    def _with_rule(self, gradient: Tree, anchor: Tree) -> Tree:
-        params = map_tree(lambda p: p.detach(), self._params)
+    def _with_rule(self, gradient: Tree, local: Local) -> Tree:
         if self.rule.loss_terms:
 
             def terms(own: Tree) -> Tensor:
-                return self.rule.loss(torch.zeros((), device=_device(own)), Local(own, anchor))
+                zero = torch.zeros((), device=_device(own))
+                return self.rule.loss(zero, local._replace(params=own))
 
             with torch.enable_grad():
-                more: Tree = torch.func.grad(terms)(dict(params))
+                more: Tree = torch.func.grad(terms)(dict(local.params))
             gradient = map_tree(lambda g, m: g + m, gradient, more)
-        return self.rule.gradient(gradient, Local(params, anchor))
+        return self.rule.gradient(gradient, local)
 
 
 class Clip:
@@ -170,8 +197,11 @@ def schedule(
         yield rows, clip.noise(source)
 
 
-PARAMETERS_ALONE = frozenset({"loss_terms", "grad_transforms"})
-"""What of a rule is given parameters and privatised gradients, and never an example."""
+PARAMETERS_ALONE = frozenset(
+    "loss_terms grad_transforms state begin end private personal after sgd plain_sgd".split()
+)
+"""What of a rule is given parameters, privatised gradients and what is made of them, and never an
+example. (``end`` knows how many a client holds: that is outside the guarantee, as it is for all.)"""
 
 
 def check_rule(rule: ClientRule) -> None:

@@ -22,6 +22,7 @@ KINDS = {
     "tasks": "umbel.tasks.kinds",
     "models": "umbel.tasks.models",
     "adapters": "umbel.tasks.adapters",
+    "methods": "umbel.tasks.self_supervised.methods",
     "datasets": "umbel.datasets.readers",
     "splits": "umbel.datasets.splits",
     "engines": "umbel.simulations.engines",

@@ -88,6 +88,7 @@ def serve(
         evaluation(run, federation, task, module, None, "cpu", strategy, run_id),
         on_round,
         commit_seconds=0.0,  # people's machines have worked for it
+        remark=task.remark,
     )
     if status == "interrupted":
         raise KeyboardInterrupt

@@ -108,6 +108,8 @@ def _examine(
         obstacle = "float16 needs a scale of the loss for each client"
     elif size > 1 and not runtime.task.decomposable:
         obstacle = "the loss of a batch is not a mean over its examples"
+    elif runtime.task.follow is not None:
+        obstacle = "its slow copies move between steps"
     second = plain if obstacle or changed else _plain(runtime, module, head, shared)[0]
     pair = (plain, second)
     return Examination(

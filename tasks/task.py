@@ -22,6 +22,11 @@ def nothing(means: Mapping[str, float]) -> Mapping[str, float]:
     return {}
 
 
+def no_remark(figures: Mapping[str, float]) -> str:
+    """Nothing to warn of."""
+    return ""
+
+
 class Task(NamedTuple):
     """What is learned. All functions are pure, so that they run under ``torch.func`` as well.
 
@@ -57,6 +62,9 @@ class Task(NamedTuple):
     test_episodes: int = 200
     adapt: Callable[[nn.Module, Batch], Forward] | None = None
     parts: Callable[[Forward, Batch], Tensor] | None = None
+    follow: Callable[[nn.Module, int], None] | None = None
+    pictures: Callable[[Forward, Batch], Tensor] | None = None
+    remark: Callable[[Mapping[str, float]], str] = no_remark
     collect: Collect | None = None
     collects_apart: bool = False
     around: Callable[[nn.Module], nn.Module] | None = None

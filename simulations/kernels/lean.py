@@ -52,6 +52,7 @@ class Lean:
         totals: dict[str, Tensor] = {}
         counts = chunk.counts.tolist()
         device = self._subject.runtime.device
+        follow = self._subject.runtime.task.follow
         for client in range(clients):
             mine = around.of(client)
             along = {n: t.clone() for n, t in mine.start.items() if "/" in n}
@@ -68,6 +69,8 @@ class Lean:
                     zip(chunk.rows[:, client], counts, strict=True)
                 ):
                     if width[client]:
+                        if follow is not None:
+                            follow(self._own, step)
                         now = mine._replace(step=step)
                         at = rows[: width[client]]
                         self._step(now, along, chunk.columns, at, optimizer, sums)

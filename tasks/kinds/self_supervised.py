@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from umbel.core.errors import InputError
 from umbel.core.run_file import Part
-from umbel.core.settings import Count, Fraction, NonNegative, Positive, Share
+from umbel.core.settings import Count, Fraction, NonNegative, Share
 from umbel.datasets.federated import Info
 from umbel.tasks.models.build import builder
-from umbel.tasks.self_supervised import losses as of
-from umbel.tasks.self_supervised.networks import Around
+from umbel.tasks.self_supervised.build import method_of
+from umbel.tasks.self_supervised.networks import follow
 from umbel.tasks.self_supervised.views import Views
 from umbel.tasks.self_supervised.worth import linear_probe, nearest, spread
 from umbel.tasks.task import Batch, Forward, Task
+
+COLLAPSED = 0.1
+"""A spread below this is hardly one direction."""
+
+LOOK = 32
+"""Examples of a training batch whose embeddings are looked at."""
 
 
 def self_supervised(
     info: Info,
     model: Part | str | None,
     *,
-    method: Literal["simclr", "byol", "simsiam", "barlow-twins"] = "simclr",
+    method: str | dict[str, Any] = "simclr",
     embedding: Count = 64,
-    projection: Count = 32,
-    hidden: Count = 64,
-    temperature: Positive = 0.5,
-    momentum: Fraction = 0.99,
-    redundancy: NonNegative = 0.005,
     crop: Share = 0.7,
     rotate: NonNegative = 0.2,
     flip: bool = False,
@@ -38,23 +39,19 @@ def self_supervised(
     noise: NonNegative = 0.1,
     drop: Fraction = 0.2,
 ) -> Task:
-    """Two random views of an example shall have one embedding: SimCLR, BYOL, SimSiam, Barlow Twins.
+    """An encoder that learns from its examples alone: contrast, prediction, or hidden patches.
 
     Labels are not trained on. Evaluation measures with them what the encoder is worth, each example
     by the others of its batch of 512: ``probe``, a linear classifier's accuracy, and ``knn``, that
     of the 5 nearest; and without them ``spread``, near 0 where all embeddings have become one.
+    Training records the spread of each round, too.
 
     Args:
         info: of the data; ``x`` is numbers, best images.
-        model: the encoder, which gives ``embedding`` numbers.
-        method: what is learned from views.
-        embedding: numbers that the encoder gives.
-        projection: numbers that are compared.
-        hidden: units of projector and predictor.
-        temperature: ``simclr``.
-        momentum: ``byol``: of the target network.
-        redundancy: ``barlow-twins``: weight of correlations of different coordinates.
-        crop: least side of a crop, as a share of the image's.
+        model: the encoder.
+        method: what is learned: a name, or a table of a name and the method's own keys.
+        embedding: numbers that the encoder gives, where it does not settle that itself.
+        crop: views: least side of a crop, as a share of the image's.
         rotate: greatest angle, in radians.
         flip: mirror half of the images.
         jitter: of contrast and brightness.
@@ -68,24 +65,17 @@ def self_supervised(
             fix='kind = "masked-language-model"',
         )
     encoder = builder(model, info, embedding, head="features")
-    view = Views(crop, rotate, flip, jitter, noise, drop)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        like = encoder().eval()
+        width = like(torch.zeros(1, *info.input_shape)).shape[1]
+    way = method_of(method, like, width)
+    view = Views(crop, rotate, flip, jitter, noise, drop).__call__
 
     def build() -> nn.Module:
-        predicts, slow = method in ("byol", "simsiam"), momentum if method == "byol" else None
-        return Around(encoder(), embedding, projection, hidden, predicts, slow)
+        return way.around(encoder())
 
     def losses(forward: Forward, batch: Batch) -> Tensor:
-        x = batch["x"]
-        out = forward(torch.cat([view(x), view(x)]))
-        a, b = out[: len(x), embedding:], out[len(x) :, embedding:]
-        if method == "simclr":
-            return of.simclr(a, b, temperature)
-        if method == "barlow-twins":
-            return of.barlow_twins(a, b, redundancy)
-        # A row holds projection and prediction, and BYOL's target behind them.
-        aim = slice(2 * projection, None) if method == "byol" else slice(projection)
-        guess = slice(projection, 2 * projection)
-        return (of.cosine(a[:, guess], b[:, aim]) + of.cosine(b[:, guess], a[:, aim])) / 2
+        return way.losses(forward, batch["x"], view)
 
     def test_losses(forward: Forward, batch: Batch) -> Tensor:
         x = batch["x"]
@@ -95,7 +85,7 @@ def self_supervised(
             return losses(forward, batch)
 
     def metrics(forward: Forward, batch: Batch) -> Mapping[str, Tensor]:
-        h = forward(batch["x"])[:, :embedding]
+        h = forward(batch["x"])[:, :width]
         found = {"spread": spread(h)}
         if info.classes is not None:
             y = batch["y"]
@@ -103,5 +93,26 @@ def self_supervised(
             found["knn"] = nearest(h, y, info.classes)
         return found
 
+    def look(forward: Forward, batch: Batch) -> Mapping[str, Tensor]:
+        few = forward(batch["x"][:LOOK])[:, :width]
+        return {"spread": spread(few)[:1].expand(len(batch["x"]))}
+
     test = Task(build, test_losses, metrics, decomposable=False)
-    return Task(build, losses, lambda forward, batch: {}, decomposable=False, test=test)
+    return Task(
+        build,
+        losses,
+        look,
+        decomposable=way.decomposable,
+        test=test,
+        follow=follow if way.follows else None,
+        pictures=way.pictures,
+        remark=remark,
+    )
+
+
+def remark(figures: Mapping[str, float]) -> str:
+    """A warning where embeddings are all but one."""
+    found = figures.get("spread", 1.0)
+    if found >= COLLAPSED:
+        return ""
+    return f"collapse: the spread of the embeddings is {found:.2g}, of 1"

@@ -24,6 +24,22 @@ def simclr(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     return (each[:n] + each[n:]) / 2
 
 
+def with_queue(queries: Tensor, keys: Tensor, remembered: Tensor, temperature: float) -> Tensor:
+    """InfoNCE, (B,), of unit vectors: the other keys and what is remembered are the negatives.
+
+    Args:
+        queries: (B, d).
+        keys: (B, d), each the partner of its row; no gradient reaches them.
+        remembered: (B, Q), cosines of the queries with the queue.
+        temperature: of the softmax.
+
+    Source: He et al. 2020, equation 1 (arXiv:1911.05722).
+    """
+    logits = torch.cat([queries @ keys.detach().T, remembered], 1) / temperature
+    partner = torch.arange(len(queries), device=queries.device)
+    return F.cross_entropy(logits, partner, reduction="none")
+
+
 def cosine(predicted: Tensor, target: Tensor) -> Tensor:
     """``2 - 2 cos``, (B,), of normalised vectors; no gradient reaches ``target``.
 

@@ -1,4 +1,4 @@
-"""The encoder and what is trained around it."""
+"""What is trained around an encoder, and copies that follow it slowly."""
 
 from __future__ import annotations
 
@@ -8,12 +8,51 @@ import torch
 from torch import Tensor, nn
 
 
-class Around(nn.Module):
-    """An encoder, a projector, perhaps a predictor, perhaps slow copies of the first two.
+class Slow(nn.Module):
+    """A copy of a network that follows it: ``slow = momentum * slow + (1 - momentum) * online``.
 
-    The slow copies are BYOL's target: buffers, so that they travel and are averaged as the weights
-    are, and no gradient reaches them. Each forward pass in training first moves them to where the
-    last step left the weights: ``target = momentum * target + (1 - momentum) * online``.
+    Its tensors are buffers that neither travel nor stay from round to round: each client begins a
+    round with a copy of the global network. So it is a function of parameters alone, whatever was
+    trained on, costs nothing on the wire, and no mean is taken of clients' copies. Where a model is
+    evaluated, the copy is the network itself.
+
+    Args:
+        online: the network; not a part of this module.
+        momentum: how slowly.
+
+    Source: Grill et al. 2020, section 3.1 (arXiv:2006.07733).
+    """
+
+    def __init__(self, online: nn.Module, momentum: float) -> None:
+        super().__init__()
+        self._online = (online,)  # in a tuple, torch does not take it for a part
+        self.momentum = momentum
+        self.copy = _without_parameters(copy.deepcopy(online))
+
+    def network(self) -> nn.Module:
+        """What gives the targets; to be used without gradients."""
+        return self.copy if self.training else self._online[0]
+
+    def follow(self, step: int) -> None:
+        """Follows the network, before a client's local step ``step`` = 0, 1, …"""
+        share = 1 - self.momentum if step else 1.0
+        with torch.no_grad():
+            followed = self._online[0]
+            online = dict([*followed.named_parameters(), *followed.named_buffers()])
+            for name, slow in self.copy.named_buffers():
+                if slow.is_floating_point():
+                    slow.lerp_(online[name], share)
+
+
+def follow(module: nn.Module, step: int) -> None:
+    """Moves every slow copy in ``module``."""
+    for part in module.modules():
+        if isinstance(part, Slow):
+            part.follow(step)
+
+
+class Around(nn.Module):
+    """An encoder, a projector, perhaps a predictor, perhaps a slow copy of the first two.
 
     Args:
         encoder: (B, …) -> (B, embedding).
@@ -21,7 +60,7 @@ class Around(nn.Module):
         projection: numbers that the projector gives.
         hidden: units of projector and predictor.
         predicts: whether there is a predictor.
-        momentum: of the slow copies; ``None``: there are none.
+        momentum: of the slow copy; ``None``: there is none.
 
     Source: Grill et al. 2020, section 3.1 (arXiv:2006.07733); layer norm in place of batch norm,
     whose statistics clients of different classes do not share.
@@ -38,45 +77,34 @@ class Around(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.projector = _head(embedding, hidden, projection)
-        self.predictor = _head(projection, hidden, projection) if predicts else None
-        self.momentum = momentum
-        if momentum is not None:
-            self.target = _without_parameters(copy.deepcopy(nn.Sequential(encoder, self.projector)))
+        self.projector = head(embedding, hidden, projection)
+        self.predictor = head(projection, hidden, projection) if predicts else None
+        both = nn.Sequential(encoder, self.projector)
+        self.target = None if momentum is None else Slow(both, momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, …) -> embedding, projection, prediction and target of each, side by side."""
-        if self.momentum is not None and self.training and torch.is_grad_enabled():
-            self._follow(self.momentum)
         h = self.encoder(x)
         found = [h, z := self.projector(h)]
         if self.predictor is not None:
             found.append(self.predictor(z))
-        if self.momentum is not None:
+        if self.target is not None:
             with torch.no_grad():
-                found.append(self.target(x))
+                found.append(self.target.network()(x))
         return torch.cat(found, 1)
 
-    def _follow(self, momentum: float) -> None:
-        online = {
-            f"{place}.{name}": p.detach()
-            for place, part in enumerate((self.encoder, self.projector))
-            for name, p in [*part.named_parameters(), *part.named_buffers()]
-        }
-        for name, slow in self.target.named_buffers():
-            if slow.is_floating_point():
-                slow.mul_(momentum).add_(online[name], alpha=1 - momentum)
 
-
-def _head(inputs: int, hidden: int, outputs: int) -> nn.Module:
+def head(inputs: int, hidden: int, outputs: int) -> nn.Module:
+    """Two layers, a layer norm between them."""
     first, last = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
     return nn.Sequential(first, nn.LayerNorm(hidden), nn.ReLU(), last)
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:
-    """``module``, its parameters become buffers."""
+    """``module``, all its tensors as buffers that are not part of its state."""
     for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
+        held = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        for name, tensor in held:
             delattr(part, name)
-            part.register_buffer(name, parameter.detach().clone())
+            part.register_buffer(name, tensor.detach().clone(), persistent=False)
     return module

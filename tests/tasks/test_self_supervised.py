@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
 from torch import nn
 
+from umbel.core import registry
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile, resolve
 from umbel.datasets.federated import Info
@@ -21,7 +23,7 @@ from umbel.simulations.prepare import prepare
 from umbel.simulations.simulate import simulate
 from umbel.tasks.kinds.self_supervised import self_supervised
 from umbel.tasks.self_supervised.losses import barlow_twins, cosine, simclr
-from umbel.tasks.self_supervised.networks import Around
+from umbel.tasks.self_supervised.networks import Around, follow
 from umbel.tasks.self_supervised.views import Views
 from umbel.tasks.self_supervised.worth import linear_probe, nearest, spread
 
@@ -69,22 +71,33 @@ def test_cosine_is_the_squared_distance_and_stops_at_the_target() -> None:
     assert b.grad is None
 
 
-def test_the_target_follows_exactly_and_only_in_training() -> None:
+def test_the_slow_copy_follows_exactly_and_neither_travels_nor_stays() -> None:
     torch.manual_seed(0)
     encoder = nn.Linear(4, 3)
     module = Around(encoder, 3, 2, 5, predicts=True, momentum=0.9)
-    x = torch.randn(6, 4)
+    assert not any(name.startswith("target") for name in module.state_dict())
     assert not any(name.startswith("target") for name, _ in module.named_parameters())
-    before = module.target.get_buffer("0.weight").clone()
+    slow = module.target.copy.get_buffer("0.weight")
     with torch.no_grad():
         encoder.weight.add_(1.0)
-    module.eval()(x)
-    assert torch.equal(module.target.get_buffer("0.weight"), before)
-    module.train()(x).sum().backward()
-    torch.testing.assert_close(
-        module.target.get_buffer("0.weight"), 0.9 * before + 0.1 * encoder.weight.detach()
-    )
-    assert module(x).shape == (6, 3 + 2 + 2 + 2)
+    follow(module, 0)
+    assert torch.equal(slow, encoder.weight)
+    before = slow.clone()
+    with torch.no_grad():
+        encoder.weight.add_(1.0)
+    follow(module, 1)
+    torch.testing.assert_close(slow, 0.9 * before + 0.1 * encoder.weight.detach())
+    x = torch.randn(6, 4)
+    target = slice(3 + 2 + 2, None)
+    far = module(x)[:, target] - module.projector(encoder(x))
+    assert far.abs().max() > 1e-3
+    assert torch.equal(module.eval()(x)[:, target], module.projector(encoder(x)))
+    twin = copy.deepcopy(module).train()
+    with torch.no_grad():
+        twin.encoder.weight.zero_()
+    follow(twin, 0)
+    assert not twin.target.copy.get_buffer("0.weight").any()
+    assert module.target.copy.get_buffer("0.weight").any()
 
 
 def test_views_repeat_with_the_seed_and_still_ones_are_the_image() -> None:
@@ -129,7 +142,7 @@ def make(store: Path, **task: Any) -> RunFile:
         {
             "run": {"rounds": 1, "store": str(store), "seed": 2},
             "data": {"name": "digits", "split": {"kind": "shards", "clients": 30}},
-            "task": {"embedding": 8, "hidden": 8, "projection": 8, **task},
+            "task": {"embedding": 8, **task},
             "client": {"lr": 0.05, "batch_size": 16},
             "strategy": {"name": "fedavg", "cohort": 2},
             "evaluate": {"per_client": False},
@@ -137,12 +150,17 @@ def make(store: Path, **task: Any) -> RunFile:
     )
 
 
-@pytest.mark.parametrize("method", ["simclr", "byol", "simsiam", "barlow-twins"])
+VIT = {"name": "vit", "patch": 2, "layers": 1, "width": 8, "heads": 2}
+
+
+@pytest.mark.parametrize("method", registry.known("methods"))
 def test_every_method_runs_and_repeats(tmp_path: Path, method: str) -> None:
-    run = make(tmp_path, kind="self-supervised", method=method)
+    model: Any = VIT if method in ("mae", "i-jepa") else "logistic"
+    run = make(tmp_path, kind="self-supervised", method=method, model=model)
     first, again = simulate(run), simulate(run)
     assert {"loss", "spread", "probe", "knn"} == first.metrics.keys()
     assert first.metrics == again.metrics
+    assert first.history[0].training["spread"] > 0
 
 
 def test_the_encoder_hands_over(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Ways to learn without labels, a module each, named by `method` of the task."""
