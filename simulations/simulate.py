@@ -177,6 +177,7 @@ def simulate(
             None
             if course is None
             else partial(course.rounds, run_id=run_id, folder=folder, states=states),
+            prepared.task.remark,
         )
     finally:
         federation.close()
