@@ -23,7 +23,7 @@ SERVER_NAME = "umbel-server"
 USER = 10001
 """Whose processes they are where this one is root's; the images' own."""
 TEMPORARY = "size=512m,mode=1777"
-FILES = 4096
+LIMITS = {"nofile": 1024, "nproc": 1024}
 
 IMAGES = {"server": "umbel-server", "site": "umbel-site"}
 BUILD = "docker build -f deploy/containers/Dockerfile --target {kind} -t {image} ."
@@ -133,7 +133,7 @@ class Containers:
             volumes=volumes,
             cap_drop=["ALL"],
             security_opt=["no-new-privileges"],
-            ulimits=[Ulimit(name="nofile", soft=FILES, hard=FILES)],
+            ulimits=[Ulimit(name=name, soft=n, hard=n) for name, n in LIMITS.items()],
             network=network,
         )
         self._network.disconnect(container)
