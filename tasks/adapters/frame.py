@@ -9,6 +9,7 @@ from torch import nn
 
 from umbel.core.errors import InputError
 from umbel.tasks.models.transformers import Language
+from umbel.tasks.preferences.policy import Policy
 
 WHERE = "[task.adapter]"
 
@@ -34,7 +35,8 @@ def library() -> Any:
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """The model itself, where ``module`` is a shell around one of transformers."""
+    """The model itself, where ``module`` is a shell around one of transformers, or a policy's."""
+    module = module.policy if isinstance(module, Policy) else module
     return module.model if isinstance(module, Language) else module
 
 

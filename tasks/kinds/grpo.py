@@ -76,7 +76,7 @@ def grpo(
             reference=made.reference,
             advantage=of.group_advantages(grouped, scale).flatten(),
             reward=made.rewards,
-            kl=made.strays(),
+            kl=made.strays,
         )
 
     def losses(forward: Forward, batch: Batch) -> Tensor:

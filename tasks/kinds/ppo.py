@@ -34,7 +34,7 @@ def ppo(
     gae: Share = 0.95,
     whitening: bool = True,
     kl_weight: NonNegative = 0.1,
-    kl_target: Positive | None = 6.0,
+    kl_target: NonNegative = 6.0,
     kl_gain: Positive = 0.1,
 ) -> Task:
     """A policy from rewards, with a value head and an adaptive KL to its reference: PPO.
@@ -59,7 +59,7 @@ def ppo(
         gae: lambda of the generalised advantage estimate; nothing is discounted.
         whitening: whether a client's advantages have mean 0 and variance 1.
         kl_weight: of the KL in the reward, at first.
-        kl_target: nats a completion that the weight is moved towards; ``None``: it stays.
+        kl_target: nats a completion that the KL is steered to by the weight; 0: the weight stays.
         kl_gain: how fast it moves: a fifth of this in a step, at most.
 
     Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347); Ziegler et al. 2019, sections 2.1
@@ -75,7 +75,7 @@ def ppo(
         end,
     )
     build = rollouts.model(play, model)
-    controller = None if kl_target is None else of.Controller(kl_target, kl_gain)
+    controller = of.Controller(kl_target, kl_gain) if kl_target else None
 
     def collect(module: nn.Module, held: Columns, moment: Moment) -> Columns:
         made = rollouts.made(module, held, play, moment.seed)
@@ -96,7 +96,7 @@ def ppo(
             returns=returns,
             advantage=advantage,
             reward=made.rewards,
-            kl=made.strays(),
+            kl=made.strays,
         )
 
     def losses(forward: Forward, batch: Batch) -> Tensor:

@@ -68,6 +68,14 @@ def kl(policy: Tensor, reference: Tensor) -> Tensor:
     return log_ratio.exp() - log_ratio - 1
 
 
+def divergence(policy: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(π ‖ ρ) of the next symbol, exact; from scores (B, T, symbols) of both, (B, T - 1)."""
+    ours, theirs = (
+        (logits[:, :-1].float() / temperature).log_softmax(2) for logits in (policy, reference)
+    )
+    return (ours.exp() * (ours - theirs)).sum(2).clamp(min=0)
+
+
 Scale = Literal["group", "batch", "none"]
 
 

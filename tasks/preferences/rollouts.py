@@ -18,7 +18,7 @@ from umbel.tasks.language import symbols
 from umbel.tasks.language.generation import Sampling, generate
 from umbel.tasks.models.build import builder
 from umbel.tasks.preferences import rewards
-from umbel.tasks.preferences.losses import kl, log_probs
+from umbel.tasks.preferences.losses import divergence, log_probs
 from umbel.tasks.task import Batch, Forward, Task
 
 TOGETHER = 256
@@ -61,6 +61,7 @@ class Rollouts(NamedTuple):
         counted: (R, T - 1), whether target t is the completion's.
         then: (R, T - 1), its log-probability under the policy that wrote it.
         reference: (R, T - 1), under the reference.
+        strays: (R,), the KL to the reference in nats: exact at each symbol, summed over them.
         outputs: (R, T, …), what the policy gave besides the symbols' scores.
         rewards: (R,).
     """
@@ -69,12 +70,9 @@ class Rollouts(NamedTuple):
     counted: Tensor
     then: Tensor
     reference: Tensor
+    strays: Tensor
     outputs: Tensor
     rewards: Tensor
-
-    def strays(self) -> Tensor:
-        """(R,): the KL to the reference, nats a completion; estimated, never negative."""
-        return (kl(self.then, self.reference) * self.counted).sum(1)
 
 
 @torch.no_grad()
@@ -115,11 +113,13 @@ def _some(
     whole = forward(done.tokens)
     logits = symbols.check(whole[..., :count], done.tokens, count)
     before = forward(done.tokens, reference=True)
+    counted = done.written[:, 1:]
     return Rollouts(
         done.tokens,
-        done.written[:, 1:],
+        counted,
         log_probs(logits, done.tokens, play.temperature),
         log_probs(before, done.tokens, play.temperature),
+        (divergence(logits, before, play.temperature) * counted).sum(1),
         whole[..., count:].float(),
         _rewards(done.tokens, done.written, lengths, records, play),
     )
@@ -205,6 +205,6 @@ def test(play: Play, build: Any) -> Task:
 
     def metrics(forward: Forward, batch: Batch) -> Mapping[str, Tensor]:
         found = roll_out(forward, batch, play, 1, 0)
-        return {"reward": found.rewards, "kl": found.strays()}
+        return {"reward": found.rewards, "kl": found.strays}
 
     return Task(build, losses, metrics)
