@@ -198,10 +198,21 @@ def schedule(
 
 
 PARAMETERS_ALONE = frozenset(
-    "loss_terms grad_transforms state begin end private personal after sgd plain_sgd".split()
+    {
+        "loss_terms",
+        "grad_transforms",
+        "state",
+        "begin",
+        "end",
+        "private",
+        "personal",
+        "after",
+        "sgd",
+        "plain_sgd",
+    }
 )
 """What of a rule is given parameters, privatised gradients and what is made of them, and never an
-example. (``end`` knows how many a client holds: that is outside the guarantee, as it is for all.)"""
+example. ``end`` knows how many a client holds, which is outside the guarantee everywhere."""
 
 
 def check_rule(rule: ClientRule) -> None:

@@ -124,8 +124,9 @@ class ClientRuntime:
             RunError: what the client kept does not fit the model.
         """
         if self.private is not None:
-            updates = self._train_privately(self.private, round_number, client, examples, model)
-            return Learned(updates, {})
+            return self._privately(
+                self.private, round_number, client, examples, model, shared, kept
+            )
         section, seed, n = self.run.client, self.run.run.seed, rows(examples)
         module = self.module(model)
         params = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -179,11 +180,7 @@ class ClientRuntime:
             torch.tensor([n], dtype=torch.float64),
             {name: (total / seen).cpu().double()[None] for name, total in totals.items()},
         )
-        keeps = dict(left.own)
-        if self.at_home:
-            keeps[own.PRIVATE] = {n: t for n, t in after.tensors().items() if n in self.at_home}
-        flat = {name: t.detach().cpu().clone() for name, t in flatten(keeps).items()}
-        return Learned(self.released(updates, model), flat)
+        return Learned(self.released(updates, model), self._keeps(left.own, after))
 
     def made(self, module: nn.Module, round_number: int, client: str, held: Arrays) -> Arrays:
         """What a client trains on: what it holds, or what the task makes of that with ``module``.
@@ -229,32 +226,56 @@ class ClientRuntime:
             return updates
         return release(updates, section, set(model.buffers), self.sources)
 
-    def _train_privately(
+    def _privately(
         self,
         private: PrivateSteps,
         round_number: int,
         client: str,
         examples: Arrays,
         model: Model,
-    ) -> Updates:
-        """As :meth:`train`, by DP-SGD; no metrics, which would be a release of their own."""
-        load(private.module, model)
-        made = self.made(private.module, round_number, client, examples)
-        anchor = {
-            name: p.detach().clone()
-            for name, p in private.module.named_parameters()
-            if p.requires_grad
-        }
+        shared: Trees,
+        kept: Tree | None,
+    ) -> Learned:
+        """As :meth:`learn`, by DP-SGD; no metrics, which would be a release of their own."""
+        module, n = private.module, rows(examples)
+        here, first = model_of(module), model_of(self._module).tensors()
+        for name in self.at_home:  # another client's may be in it
+            here.tensors()[name].copy_(first[name])
+        load(module, model, self.at_home)
+        mine = self.own(module, client, kept)
+        made = self.made(module, round_number, client, examples)
+        shared = {letter: self._here(tree) for letter, tree in shared.items()}
+        anchor = map_tree(lambda p: p.detach().clone(), here.params)
+        for name, tensor in own.start(self.rule, anchor, shared, mine).items():
+            here.params[name].copy_(tensor)
         lr = optimizers.learning_rate(self.run.client, round_number, self.run.run.rounds)
         columns = {name: tensor_of(c).to(self.device) for name, c in made.items()}
         seed = randomness.torch_seed(self.run.run.seed, "dropout", round_number, client)
         with devices.seeded(self.device, seed):
-            private.train(round_number, client, columns, anchor, lr)
-        delta = _difference(model_of(private.module), model)
+            local = private.train(round_number, client, columns, anchor, lr, shared, mine)
+        with torch.no_grad():
+            taken = own.Taken.of(local.step, n, 0.0)
+            ended = map_tree(torch.clone, local.params)
+            momentum = self.run.client.momentum
+            left = own.end(self.rule, ended, local._replace(params=ended), taken, lr, momentum)
+        after = model_of(module)
         # What a buffer learnt of the data was never privatised: it stays at home.
-        delta |= {name: torch.zeros_like(delta[name]) for name in model.buffers}
-        weights = torch.tensor([rows(examples)], dtype=torch.float64)
-        return Updates(round_number, [client], {n: d[None] for n, d in delta.items()}, weights)
+        still = {name: torch.zeros_like(t) for name, t in model.buffers.items()}
+        delta = {**_difference(after, model), **still, **left.delta, **left.uploads}
+        updates = Updates(
+            round_number,
+            [client],
+            {name: d.to(_device(model))[None] for name, d in delta.items()},
+            torch.tensor([n], dtype=torch.float64),
+        )
+        return Learned(updates, self._keeps(left.own, after))
+
+    def _keeps(self, letters: Trees, model: Model) -> dict[str, Tensor]:
+        """What a client keeps, its tensors of ``model`` that never travel included."""
+        keeps = dict(letters)
+        if self.at_home:
+            keeps[own.PRIVATE] = {n: t for n, t in model.tensors().items() if n in self.at_home}
+        return {name: t.detach().cpu().clone() for name, t in flatten(keeps).items()}
 
     def evaluate(self, examples: Arrays, model: Model) -> tuple[int, dict[str, float]]:
         """How many examples, and the means of loss and metrics over them, in float32.
@@ -403,11 +424,4 @@ def _check(run: RunFile, rule: ClientRule, model: Model, private: Collection[str
             f"strategy '{run.strategy.name}' keeps all {len(model.params)} parameters private",
             where="[strategy]",
             fix="leave some to be learned together",
-        )
-    if run.privacy.unit == "example" and not (rule.plain and rule.objective is None):
-        raise InputError(
-            f"strategy '{run.strategy.name}' computes more from a client's examples than gradients "
-            "that DP-SGD privatises",
-            where="[privacy] unit",
-            fix="use unit = 'client', or a strategy without client state",
         )

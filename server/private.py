@@ -42,7 +42,7 @@ class Guard:
     Args:
         run: calibrated: it states a noise multiplier.
         strategy: what it names.
-        model: the initial model.
+        model: the initial model, of what travels.
         clients: the federation's.
         sizes: how many examples each declares.
         sources: of the server's randomness.
@@ -74,7 +74,8 @@ class Guard:
         self._run, self._strategy, self._section = run, strategy, section
         self._z = section.noise_multiplier
         self._clients, self._sizes, self._sources = clients, sizes, sources
-        self._names, self._buffers = list(model.params), frozenset(model.buffers)
+        self._buffers = frozenset(model.buffers)
+        self._names = [*model.params, *strategy.upload_template(model.params)]
         self._rate = private_plan.cohort_rate(run, len(clients))
         self._expected = float(cohort_size(run.strategy, len(clients)))
         self._generator = sources(0, "server").generator
@@ -199,6 +200,8 @@ class Guard:
                 found = Released(self._noise.add(released, number, self._since, came), came)
             self._since = number
             return self._over_cohort(total, found.tree, found.came)
+        if self._section.distributed:  # each client has added its share
+            return self._over_cohort(total, released, came)
         source = self._sources(number, "server")
         noise, bits = self._z, 0.0
         if self._adaptive is not None:

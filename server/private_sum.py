@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from umbel.core.errors import InputError
 from umbel.core.payloads import Updates
@@ -63,6 +64,9 @@ def private_sum(
 ) -> Combiner:
     """Sums contributions, each at most ``parts.clip.clip_norm`` long.
 
+    A contribution is all that a client sends: its delta, and what its strategy uploads besides, as
+    ONE vector. What the server makes of the noised sum of these vectors is post-processing.
+
     Guarantees: any one client, whatever it sends, moves the sum by at most the clip norm (adding or
     removing it), in float64 and to rounding.
 
@@ -102,17 +106,21 @@ def private_sum(
 
 
 def check_mean(strategy: Strategy, name: str, model: Tree) -> None:
-    """Refuses strategies whose combiner is more than a weighted mean of deltas.
+    """Refuses strategies whose combiner is more than a weighted mean of what clients send.
 
     Raises:
         InputError: the reason.
     """
     reason = ""
+    sent = {**model, **strategy.upload_template(model)}
     if strategy.combine.merge is None:
         reason = "needs every update by itself, and a bounded influence on its result is not known"
-    elif strategy.uploads is not None:
-        reason = "has clients send more than their deltas, which nothing bounds"
-    elif not _is_mean(strategy.combine, model):
+    elif any("/" in n and not _alike(n, t, model) for n, t in sent.items()):
+        reason = (
+            "has clients send figures besides their deltas, which would share one clip norm and "
+            "one noise with them, and on which the server's step hinges"
+        )
+    elif not _is_mean(strategy.combine, sent):
         reason = "sums something else than deltas, whose sensitivity is not known"
     if reason:
         raise InputError(
@@ -120,6 +128,12 @@ def check_mean(strategy: Strategy, name: str, model: Tree) -> None:
             where="[privacy] unit",
             fix="use fedavg, fedprox, fedavgm, fedadam or another weighted mean",
         )
+
+
+def _alike(path: str, upload: Tensor, model: Tree) -> bool:
+    """Whether an upload stands for a parameter, as a control variate does."""
+    like = model.get(path.rpartition("/")[2])
+    return like is not None and (like.shape, like.dtype) == (upload.shape, upload.dtype)
 
 
 def _is_mean(combiner: Combiner, model: Tree) -> bool:
