@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from umbel.core.errors import InputError, UmbelError
 from umbel.core.trees import Tree
-from umbel.simulations import plan_cache, trial
+from umbel.simulations import plan_cache, private_trial, trial
 from umbel.simulations.kernels.build import KERNELS
 from umbel.simulations.kernels.kernel import Chunk, Kernel, Obstacle, Subject
+from umbel.simulations.kernels.private import Private
 from umbel.simulations.plan import WHERE, Choice, EnginePlan
+
+AnyKernel: TypeAlias = Kernel | Private
+
+Sample: TypeAlias = Callable[[int, int], Any]
+"""(clients, steps) -> a chunk of so many with their first batches of round 1, private or not."""
 
 STEPS = 2
 """Steps that a client takes in the trial."""
@@ -37,10 +43,10 @@ TOGETHER = 8
 def choose(
     subject: Subject,
     examination: trial.Examination,
-    sample: Callable[[int, int], Chunk],
+    sample: Sample,
     most: int,
     pinned: EnginePlan | None,
-) -> tuple[Choice, Kernel]:
+) -> tuple[Choice, AnyKernel]:
     """The plan for a model, from a pin, from an earlier run, or from a trial.
 
     However it was found, the kernel's gradients are compared with the plain ones.
@@ -48,7 +54,7 @@ def choose(
     Args:
         subject: what is trained.
         examination: of the model.
-        sample: (clients, steps) -> a chunk of so many, with their first batches of round 1.
+        sample: gives chunks.
         most: the most clients that a chunk can have, by cohort and memory.
         pinned: no other is considered.
 
@@ -56,19 +62,10 @@ def choose(
         InputError: the pinned plan cannot train this model.
         Obstacle: not even the lean kernel can.
     """
-    if subject.runtime.private is not None:
-        if pinned is not None and pinned.kernel != "lean":
-            raise InputError(
-                f"the plan '{pinned}' computes no per-example gradients",
-                where=WHERE,
-                fix="leave the plan out, or set 'lean'",
-            )
-        own = pinned or EnginePlan("lean", TOGETHER)
-        kernel = trial.make("lean", subject, examination)
-        return Choice(own, "default" if pinned is None else "pinned", {}, {}), kernel
+    make = trial.make if subject.runtime.private is None else _make_private
     if pinned is not None:
         try:
-            return Choice(pinned, "pinned", {}, {}), trial.make(pinned.kernel, subject, examination)
+            return Choice(pinned, "pinned", {}, {}), make(pinned.kernel, subject, examination)
         except Obstacle as why:
             raise InputError(
                 f"the plan '{pinned}' cannot train this model: {why}",
@@ -78,18 +75,19 @@ def choose(
     key = plan_cache.key(subject, examination.given, most)
     if (known := _recall(key)) is not None:
         try:
-            return known, trial.make(known.plan.kernel, subject, examination)
+            return known, make(known.plan.kernel, subject, examination)
         except Obstacle:
             pass  # the same text, another model: its code has changed
-    choice, kernel = _compare(subject, examination, sample, most)
+    compare = _compare if subject.runtime.private is None else _compare_private
+    choice, kernel = compare(subject, examination, sample, most)
     if choice.source == "trial":
         plan_cache.remember(key, choice.record())
     return choice, kernel
 
 
 def _compare(
-    subject: Subject, examination: trial.Examination, sample: Callable[[int, int], Chunk], most: int
-) -> tuple[Choice, Kernel]:
+    subject: Subject, examination: trial.Examination, sample: Sample, most: int
+) -> tuple[Choice, AnyKernel]:
     refused: dict[str, str] = {}
     made: dict[str, Kernel] = {}
     for name in KERNELS:
@@ -129,6 +127,51 @@ def _compare(
     return Choice(fastest, "trial", figures, refused), made[fastest.kernel]
 
 
+def _make_private(name: str, subject: Subject, examination: trial.Examination) -> AnyKernel:
+    """A private kernel; ``lean`` stands for the runtime itself, one client after another."""
+    if name == "lean":
+        return trial.make(name, subject, examination)
+    return private_trial.make(name, subject, examination)
+
+
+def _compare_private(
+    subject: Subject, examination: trial.Examination, sample: Sample, most: int
+) -> tuple[Choice, AnyKernel]:
+    refused: dict[str, str] = {}
+    for name in private_trial.KERNELS:
+        try:
+            kernel = private_trial.make(name, subject, examination)
+        except Obstacle as why:
+            refused[name] = str(why)
+            continue
+        anchor = {n: p.detach() for n, p in subject.module.named_parameters() if p.requires_grad}
+
+        def measure(
+            plan: EnginePlan,
+            clients: int,
+            best: float,
+            kernel: AnyKernel = kernel,
+            anchor: Tree = anchor,
+        ) -> float:
+            lr = subject.runtime.run.client.lr
+            return _seconds(kernel, anchor, sample(clients, STEPS), lr, best)
+
+        try:
+            # One client at a time is what is best where two already leave the cache.
+            seconds = {EnginePlan(name, 1): measure(EnginePlan(name, 1), 1, float("inf"))}
+            seconds |= _climb(name, min(FIRST, most), most, measure)
+        except UmbelError:
+            raise
+        except Exception:  # a client's data, which that client will answer for
+            usual = EnginePlan(name, min(FIRST, most))
+            return Choice(usual, "default", {}, refused), kernel
+        fastest = min(seconds, key=lambda plan: seconds[plan])
+        figures = {str(plan): value for plan, value in seconds.items()}
+        return Choice(fastest, "trial", figures, refused), kernel
+    lean = EnginePlan("lean", TOGETHER)
+    return Choice(lean, "trial", {}, refused), trial.make("lean", subject, examination)
+
+
 def _climb(
     name: str, start: int, most: int, measure: Callable[[EnginePlan, int, float], float]
 ) -> dict[EnginePlan, float]:
@@ -150,7 +193,7 @@ def _evened(work: Chunk) -> Chunk:
     return work._replace(counts=counts, full=[True] * len(work.full))
 
 
-def _seconds(kernel: Kernel, anchor: Tree, work: Chunk, lr: float, best: float) -> float:
+def _seconds(kernel: AnyKernel, anchor: Tree, work: Any, lr: float, best: float) -> float:
     """The least time for one client; one run alone if it is far behind ``best``."""
     found = []
     for repetition in range(4):

@@ -63,6 +63,7 @@ def chunks(
     memory: int,
     largest: int | None,
     even: bool = False,
+    padding: float = PADDING,
 ) -> list[Places]:
     """Deals the clients of a span to chunks that are trained one after another.
 
@@ -78,13 +79,14 @@ def chunks(
         largest: the most clients in a chunk, or ``None``.
         even: whether nothing may be padded at all. Clients without a short batch, who can all go
             together, are then dealt before the others.
+        padding: how many times its real examples a chunk may compute.
 
     Returns:
         places of clients, a chunk an array.
     """
     order = np.argsort(-sizes, kind="stable")
     if not even or length.batch_size == "full":
-        return _dealt(order, sizes, length, footprint, memory, largest, 1.0 if even else PADDING)
+        return _dealt(order, sizes, length, footprint, memory, largest, 1.0 if even else padding)
     short = sizes[order] % length.batch_size > 0
     return [
         chunk

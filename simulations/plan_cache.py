@@ -53,6 +53,7 @@ def key(subject: Subject, batch: Batch, clients: int) -> str:
         ],
         "examples": {name: [list(c.shape), str(c.dtype)] for name, c in batch.items()},
         "clients": clients,
+        "privacy": None if runtime.private is None else runtime.run.privacy.clipping,
         "machine": _machine(runtime),
         "versions": [now["umbel"], now.get("commit"), now["torch"]],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from umbel.client import batches, optimizers, own
+from umbel.client.private import Clip, schedule
 from umbel.client.training import load
 from umbel.core import randomness
 from umbel.core.payloads import States, TrainPlan, Updates
 from umbel.core.trees import Model, Tree, to_device, unflatten
 from umbel.datasets.federated import Arrays, rows
+from umbel.privacy import participation
 from umbel.simulations import chunks, together
 from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.kernel import Chunk, Kernel, Subject
+from umbel.simulations.kernels.private import Bound, Private, PrivateChunk
 from umbel.simulations.residents import Residents
 from umbel.tasks.build import model_of
 from umbel.tasks.evaluate import evaluate, tensor_of
@@ -57,6 +61,7 @@ class Trainer:
         self._residents = residents
         self._runtime = residents.runtime
         self.module = self._runtime.module()
+        self._names = [n for n, p in self.module.named_parameters() if p.requires_grad]
         self.columns = {n: tensor_of(c) for n, c in residents.data.train.items()}
         device = self._runtime.device
         held = sum(c.nbytes for c in self.columns.values())
@@ -239,6 +244,81 @@ class Trainer:
             delta,
             torch.from_numpy(sizes.astype(np.float64)),
             {name: total.cpu().double() / seen for name, total in totals.items()},
+        )
+
+    def private_chunk(
+        self,
+        round_number: int,
+        places: chunks.Places,
+        draws: bool,
+        bound: Bound,
+        head: int | None = None,
+    ) -> PrivateChunk:
+        """The work of one round of DP-SGD for some clients, those with most steps first.
+
+        Args:
+            round_number: 1 … rounds.
+            places: of the clients among the names of the data.
+            draws: whether the model draws random numbers in training.
+            bound: of one computation.
+            head: only so many steps.
+        """
+        runtime, data = self._runtime, self._residents.data
+        run, device, names = runtime.run, runtime.device, list(self._names)
+        clients = [data.names[place] for place in places.tolist()]
+        sizes = _size(data.train_holdings.offsets, places).tolist()
+        plans = [participation.plan(run, n) for n in sizes]
+        clips = [Clip(run.privacy, names, n / p.parts) for n, p in zip(sizes, plans, strict=True)]
+        sources = [runtime.sources(round_number, client) for client in clients]
+        steps = max(p.steps for p in plans) if head is None else head
+        counts = np.zeros((steps, len(places)), np.int64)
+        drawn = np.zeros((steps, len(places)))
+        batches_of: dict[tuple[int, int], chunks.Places] = {}
+        for at, place in enumerate(places.tolist()):
+            held = data.train_holdings.of_client(place).astype(np.int64)
+            taken = schedule(plans[at], sizes[at], clips[at], sources[at])
+            for step, (batch, noise) in enumerate(itertools.islice(taken, head)):
+                batches_of[step, at] = held[batch]
+                counts[step, at], drawn[step, at] = len(batch), noise
+        rows = np.zeros((steps, len(places), int(counts.max(initial=0))), np.int64)
+        for (step, at), batch in batches_of.items():
+            # Padding repeats an example of the same batch; an empty one is computed nowhere.
+            rows[step, at] = batch[0] if len(batch) else 0
+            rows[step, at, : len(batch)] = batch
+        columns = self.columns
+        if any(c.device.type != device.type for c in columns.values()):
+            index, inverse = np.unique(rows, return_inverse=True)
+            rows = inverse.reshape(rows.shape)
+            columns = {n: c[torch.from_numpy(index)].to(device) for n, c in columns.items()}
+        seeds = None
+        if draws:
+            seed = run.run.seed
+            seeds = [randomness.torch_seed(seed, "dropout", round_number, c) for c in clients]
+        active = [sum(p.steps > step for p in plans) for step in range(steps)]
+        on_device = torch.from_numpy(rows).to(device)
+        return PrivateChunk(columns, on_device, counts, active, drawn, sources, clips, bound, seeds)
+
+    def train_privately(
+        self,
+        kernel: Private,
+        plan: TrainPlan,
+        places: chunks.Places,
+        draws: bool,
+        bound: Bound,
+    ) -> Updates:
+        """:meth:`train` by DP-SGD; no metrics, which would be a release of their own."""
+        runtime, data, model = self._runtime, self._residents.data, plan.model
+        load(self.module, model)
+        work = self.private_chunk(plan.round, places, draws, bound)
+        lr = optimizers.learning_rate(runtime.run.client, plan.round, runtime.run.run.rounds)
+        tensors = kernel.train(to_device(model.params, runtime.device), work, lr).tensors
+        sizes = _size(data.train_holdings.offsets, places)
+        return Updates(
+            plan.round,
+            [data.names[place] for place in places.tolist()],
+            _delta(model, tensors, len(places)),
+            torch.from_numpy(sizes.astype(np.float64)),
+            {},
         )
 
     def _losses(self, around: Around, places: chunks.Places) -> Tensor:

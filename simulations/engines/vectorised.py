@@ -23,10 +23,11 @@ from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, flatten, unflatten
 from umbel.datasets.federated import FederatedData
 from umbel.simulations import chunks, stacks, trial
-from umbel.simulations.choose import choose
+from umbel.simulations.choose import AnyKernel, choose
 from umbel.simulations.dispatch import Dispatch, Dispatcher
 from umbel.simulations.groups import Group, groups
-from umbel.simulations.kernels.kernel import Chunk, Kernel, Obstacle
+from umbel.simulations.kernels.kernel import Obstacle
+from umbel.simulations.kernels.private import Bound, Private
 from umbel.simulations.plan import Choice, EnginePlan
 from umbel.simulations.residents import Residents, reason
 from umbel.simulations.trainer import Trainer
@@ -92,7 +93,7 @@ class _Found(NamedTuple):
     ``growth`` is how many examples are trained on for each that is held.
     """
 
-    kernel: Kernel | None
+    kernel: AnyKernel | None
     choice: Choice | None
     draws: bool
     footprint: chunks.Footprint
@@ -203,9 +204,12 @@ class Vectorised:
 
         order = np.argsort(-sizes, kind="stable")[:together]
 
-        def sample(clients: int, steps: int) -> Chunk:
-            draws = examination.draws
-            return self._trainer.chunk(1, order[:clients], draws, plan.shared, None, steps)
+        def sample(clients: int, steps: int) -> Any:
+            draws, some = examination.draws, order[:clients]
+            if self._runtime.private is not None:
+                bound = Bound(None, self._examples(footprint))
+                return self._trainer.private_chunk(1, some, draws, bound, steps)
+            return self._trainer.chunk(1, some, draws, plan.shared, None, steps)
 
         subject = self._trainer.subject(examination.draws, plan.shared)
         try:
@@ -213,10 +217,15 @@ class Vectorised:
         except Obstacle as obstacle:
             self._say(str(obstacle))
             return _Found(None, None, False, footprint)
-        why = examination.obstacle or choice.refused.get("vmap")
+        last = "vmap" if self._runtime.private is None else "stacked"
+        why = examination.obstacle or choice.refused.get(last)
         if choice.plan.kernel == "lean" and choice.source != "pinned" and why:
             self._say(why)
         return _Found(kernel, choice, examination.draws, footprint, growth)
+
+    def _examples(self, footprint: chunks.Footprint) -> int:
+        """How many a private computation may hold."""
+        return max(1, self._memory // max(footprint.example, 1))
 
     def _say(self, why: str) -> None:
         self._announce(f"cannot vectorise model: {why}; running one client after another")
@@ -237,8 +246,10 @@ class Vectorised:
         assert found.choice is not None
         run = self._runtime.run
         sizes = self._residents.data.train_holdings.sizes_at(places) * found.growth
-        bounds = [self._largest, found.choice.plan.chunk]
-        if found.choice.plan.chunk is None:
+        # A private kernel cuts its computations itself, of more clients than one takes.
+        pooled = isinstance(found.kernel, Private)
+        bounds = [self._largest, None if pooled else found.choice.plan.chunk]
+        if pooled or found.choice.plan.chunk is None:
             bounds.append(_share(sizes, found.footprint))
         dealt = chunks.chunks(
             sizes,
@@ -247,6 +258,7 @@ class Vectorised:
             self._memory,
             min((n for n in bounds if n is not None), default=None),
             found.kernel is not None and found.kernel.even,
+            float("inf") if pooled else chunks.PADDING,
         )
         return groups([places[chunk] for chunk in dealt], [float(sizes[c].sum()) for c in dealt])
 
@@ -283,10 +295,14 @@ class Vectorised:
         assert found.kernel is not None
         assert found.choice is not None
         try:
-            # Per-example gradients are computed client by client, by the runtime itself.
-            alone = self._runtime.private is not None
-            train = self._trainer.train
-            updates = None if alone else train(found.kernel, plan, places, found.draws)
+            updates = None  # where no kernel has the per-example gradients, the runtime has
+            if isinstance(found.kernel, Private):
+                bound = Bound(found.choice.plan.chunk, self._examples(found.footprint))
+                updates = self._trainer.train_privately(
+                    found.kernel, plan, places, found.draws, bound
+                )
+            elif self._runtime.private is None:
+                updates = self._trainer.train(found.kernel, plan, places, found.draws)
         except UmbelError:
             raise
         except Exception as error:

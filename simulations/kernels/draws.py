@@ -30,6 +30,12 @@ class Draws:
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
+    def only(self, clients: Sequence[int]) -> Draws:
+        """Those of some clients, in this order; what they draw, the whole has drawn."""
+        some = Draws((), torch.device("cpu"))
+        some._generators = [self._generators[client] for client in clients]
+        return some
+
     def of_batch(self, counts: Tensor | None) -> Draw:
         """The draws for one batch, of whose examples the first ``counts`` (n,) are a client's."""
         own = None if counts is None else counts.tolist()

@@ -56,12 +56,14 @@ class Scope(NamedTuple):
         clients: how many.
         draw: the masks of this batch, where the model draws.
         keeps: whether ``params`` has the running statistics, for their layers to bring forward.
+        taps: told what layers with parameters are given and give, where somebody asks.
     """
 
     params: Tree
     clients: int
     draw: Draw | None
     keeps: bool = False
+    taps: Callable[[nn.Module, Value, Value], Value] | None = None
 
 
 Stack: TypeAlias = Callable[[Scope], Tensor]
@@ -75,6 +77,13 @@ Layer: TypeAlias = Callable[..., Any]
 
 Maker: TypeAlias = Callable[[Any, Finder], Layer]
 """(module, finder) -> its layer."""
+
+
+def channels_last(stack: Tensor) -> Tensor:
+    """A stack of convolution weights, so that many clients' are one channels-last weight."""
+    if stack.dim() != 5:
+        return stack.contiguous()
+    return stack.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
 def rows(tensor: Tensor) -> Value:

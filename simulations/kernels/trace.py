@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from umbel.core.trees import Tree
+from umbel.privacy.per_example.layers import RULES
 from umbel.simulations.kernels import adapters, layers
 from umbel.simulations.kernels.attention import ATTENTION
 from umbel.simulations.kernels.draws import Draw
@@ -54,13 +55,20 @@ class Program(NamedTuple):
     result: int
     buffers: tuple[str, ...]
 
-    def __call__(self, params: Tree, clients: int, inputs: Tensor, draw: Draw | None) -> Tensor:
+    def __call__(
+        self,
+        params: Tree,
+        clients: int,
+        inputs: Tensor,
+        draw: Draw | None,
+        taps: Callable[[nn.Module, Value, Value], Value] | None = None,
+    ) -> Tensor:
         """(clients, B, …) -> (clients, B, …), for the parameters (clients, *shape).
 
         Where ``params`` has the ``buffers`` as well, they are brought forward in place.
         """
         keeps = bool(self.buffers) and self.buffers[0] in params
-        scope = Scope(params, clients, draw, keeps)
+        scope = Scope(params, clients, draw, keeps, taps)
         values: dict[int, Any] = {0: Value(inputs, clients, False)}
         for step in self.steps:
             values[step.place] = step.layer(scope, *[values[at] for at in step.reads])
@@ -142,12 +150,24 @@ def _step(node: fx.Node, module: nn.Module, find: layers.Finder) -> tuple[Any, L
         make = adapters.lora if adapters.is_lora(part) else MODULES.get(type(part))
         if make is None:
             raise Obstacle(f"no kernel knows {type(part).__name__}")
-        return type(part), _filled(node, make(part, find))
+        return type(part), _filled(node, _telling(part, make(part, find)))
     function = FUNCTIONS.get(node.target)
     if function is None:
         name = node.target if isinstance(node.target, str) else node.target.__name__
         raise Obstacle(f"no kernel knows '{name}'")
     return node.target, _filled(node, function)
+
+
+def _telling(part: nn.Module, layer: Layer) -> Layer:
+    """The layer of a part, which tells the taps of its scope what it did."""
+    if type(part) not in RULES or not any(p.requires_grad for p in part.parameters()):
+        return layer
+
+    def telling(scope: Scope, x: Value) -> Any:
+        out = layer(scope, x)
+        return out if scope.taps is None else scope.taps(part, x, out)
+
+    return telling
 
 
 def _filled(node: fx.Node, function: Callable[..., Any]) -> Layer:

@@ -20,6 +20,7 @@ from umbel.simulations.kernels import stepping
 from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
+from umbel.simulations.kernels.layers import channels_last
 from umbel.simulations.kernels.norms import stacked, statistics
 from umbel.simulations.kernels.trace import Program, trace
 from umbel.strategies.parts import ClientRule
@@ -45,7 +46,7 @@ class Grouped:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
         kept = started(self.statistics(chunk.clients()), chunk)
         compute = partial(self.gradients, kept=kept)
-        trained = stepping.train(self._subject, compute, anchor, chunk, lr, _channels_last)
+        trained = stepping.train(self._subject, compute, anchor, chunk, lr, channels_last)
         return trained._replace(tensors={**trained.tensors, **kept})
 
     def statistics(self, clients: int) -> dict[str, Tensor]:
@@ -149,10 +150,3 @@ def gradients(task: Task, rule: ClientRule, program: Program) -> Callable[..., A
         return gradient, sums
 
     return compute
-
-
-def _channels_last(stack: Tensor) -> Tensor:
-    """A stack of convolution weights, so that many clients' are one channels-last weight."""
-    if stack.dim() != 5:
-        return stack.contiguous()
-    return stack.movedim(2, -1).contiguous().movedim(-1, 2)
