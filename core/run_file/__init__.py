@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,9 @@ class RunFile(Settings):
         defence = self.continual.defence
         names += [defence if isinstance(defence, str) else defence.name]
         names += [] if model is None else [model if isinstance(model, str) else model.name]
+        # A part may name another: a reward, the network inside an encoder.
+        names += _named(self.task.parameters())
+        names += _named(model.parameters()) if isinstance(model, Part) else []
         return [name for name in names if ":" in name]
 
     def files(self) -> list[str]:
@@ -96,6 +99,14 @@ class RunFile(Settings):
         """(local_epochs, local_steps), one of them set; one epoch where neither is."""
         c = self.client
         return (c.local_epochs or 1, None) if c.local_steps is None else (None, c.local_steps)
+
+
+def _named(value: Any) -> list[str]:
+    """Every text inside ``value``: what has a colon, the registry would import."""
+    if isinstance(value, str):
+        return [value]
+    inside = value.values() if isinstance(value, Mapping) else value
+    return [name for v in inside for name in _named(v)] if isinstance(inside, Iterable) else []
 
 
 TOKENIZERS = ("bytes", "characters")
