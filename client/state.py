@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from umbel.core import sqlite
 from umbel.core.errors import InputError, RunError
 from umbel.core.payloads import pack, unpack
 from umbel.core.trees import Tree
@@ -185,8 +185,7 @@ class ClientStates:
         if self._open is None or self._open[0] != _here():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             made = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)
-            _write_ahead(made)
-            made.execute(f"PRAGMA synchronous = {'FULL' if self._durable else 'NORMAL'}")
+            sqlite.prepare(made, "FULL" if self._durable else "NORMAL", write_ahead=True, wait=WAIT)
             with closing(made.cursor()) as cursor:
                 cursor.execute("BEGIN IMMEDIATE")
                 for statement in _SCHEMA.split(";"):
@@ -237,19 +236,6 @@ class ClientStates:
                 where=str(self.path),
                 fix="is the disk full, or the file damaged?",
             ) from error
-
-
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Turns the write-ahead log on. SQLite does not wait by itself for another who does so."""
-    until = time.monotonic() + WAIT
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > until:
-                raise
-            time.sleep(0.01)
 
 
 def _keep(connection: sqlite3.Connection, **facts: int) -> None:

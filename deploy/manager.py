@@ -176,6 +176,8 @@ class Manager:
                 self._report(f"round {event['round']}/{event['of']}{lost}")
             elif kind == "sites":
                 self._report(f"{len(event['names'])} sites: {', '.join(event['names'])}")
+            elif kind == "site":
+                self._folder.keep_client(event["site"], {"versions": event["versions"]})
             elif kind == "refused":
                 self._audit_job("reply", site=event["site"], text=event["text"])
                 self._report(f"{event['site']}: {event['text']}")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ class ServerFolder:
         self.audit_file = self.audit / "server.jsonl"
         self.status_file = self.path / "status.json"
         self.lock_file = self.path / "server.lock"
+        self.clients_file = self.path / "clients.json"
 
     def make(self) -> None:
         """Makes the folders, for the owner's eyes alone."""
@@ -128,6 +129,19 @@ class ServerFolder:
         table["node_key"], table["identity"] = site.node_key.decode("ascii"), site.identity.hex()
         path = self.sites_folder / f"{site.name}.json"
         signing.replace_file(path, json.dumps(table, indent=2).encode())
+
+    def clients(self) -> dict[str, dict[str, Any]]:
+        """What sites said of themselves when they were last greeted, by name."""
+        try:
+            found = json.loads(self.clients_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def keep_client(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Notes what a site said of itself."""
+        table = {**self.clients(), name: dict(facts)}
+        signing.replace_file(self.clients_file, json.dumps(table, indent=2).encode())
 
     def _sites(self) -> Iterator[SiteRecord]:
         for path in sorted(self.sites_folder.glob("*.json")):

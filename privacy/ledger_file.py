@@ -18,6 +18,7 @@ from typing import NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
+from umbel.core import sqlite
 from umbel.core.errors import InputError, RunError
 from umbel.privacy.entries import Entry, Line, chain, read
 
@@ -263,9 +264,4 @@ def described(path: Path) -> dict[str, str]:
 
 
 def _prepare(raw: sa.engine.interfaces.DBAPIConnection) -> None:
-    cursor = raw.cursor()
-    try:
-        cursor.execute("PRAGMA synchronous = EXTRA")
-        cursor.execute("PRAGMA foreign_keys = ON")
-    finally:
-        cursor.close()
+    sqlite.prepare(raw, "EXTRA", write_ahead=False, wait=BUSY_SECONDS, foreign_keys=True)

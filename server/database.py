@@ -1,74 +1,76 @@
-"""The store's two tables, in one SQLite file that survives power cuts and takes several writers."""
+"""Where the store's tables are: an SQLite file, or a PostgreSQL database.
+
+Both survive power cuts and take several writers. A new database gets the tables of
+:mod:`umbel.server.schema`; one of an earlier Umbel is migrated when it is first opened.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
+from umbel.core import sqlite
 from umbel.core.errors import InputError, RunError, UmbelError
+from umbel.server.schema import VERSION, metadata
 
-SCHEMA = 1
 BUSY_SECONDS = 30
 
-_metadata = sa.MetaData()
+FIRST = "0001"
+SCHEMA = 2
+"""Of an SQLite file, so that an Umbel from before migrations refuses it by name."""
 
-run_table = sa.Table(
-    "run",
-    _metadata,
-    sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("status", sa.Text, nullable=False),
-    sa.Column("engine", sa.Text, nullable=False),
-    sa.Column("started", sa.Text, nullable=False),
-    sa.Column("finished", sa.Text),
-    sa.Column("seconds", sa.Float, nullable=False),
-    sa.Column("rounds_planned", sa.Integer, nullable=False),
-    sa.Column("rounds_done", sa.Integer, nullable=False),
-    sa.Column("configuration", sa.Text, nullable=False),
-    sa.Column("versions", sa.Text, nullable=False),
-    sa.Column("engine_plan", sa.Text, nullable=False),
-    sa.Column("error", sa.Text, nullable=False),
-    sa.Column("pid", sa.Integer, nullable=False),
-    sa.Column("host", sa.Text, nullable=False),
-)
+MIGRATING = 0x756D6265
+"""PostgreSQL's advisory lock of whoever makes or migrates the tables."""
 
-round_table = sa.Table(
-    "round",
-    _metadata,
-    sa.Column("run_id", sa.Text, sa.ForeignKey("run.id"), primary_key=True),
-    sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("record", sa.Text, nullable=False),
-    sa.Column("checkpoint", sa.Text),
-    sa.Column("sha256", sa.Text),
-)
+
+class Place(NamedTuple):
+    """Where a store is.
+
+    Args:
+        folder: of run files, checkpoints and models.
+        url: of the database.
+        shown: the same for messages: without a password.
+    """
+
+    folder: Path
+    url: sa.URL
+    shown: str
+
+    @property
+    def file(self) -> Path | None:
+        """The SQLite file; ``None``: the database is elsewhere."""
+        sqlite_file = self.url.get_backend_name() == "sqlite"
+        return Path(str(self.url.database)) if sqlite_file else None
 
 
 class Database:
-    """The file at ``path``: made by the first :meth:`write`, opened when first asked.
+    """The database at ``place``: made by the first :meth:`write`, opened when first asked.
 
-    WAL lets readers look while a run writes; ``synchronous=FULL`` makes a committed round durable.
+    SQLite: WAL lets readers look while a run writes; ``synchronous=FULL`` makes a committed round
+    durable.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, place: Place) -> None:
+        self.place = place
         self._engine: sa.Engine | None = None
 
     def exists(self) -> bool:
-        """Whether anything was ever written."""
-        return self.path.is_file()
+        """Whether anything was ever written; a database elsewhere is asked when it is read."""
+        return self.place.file is None or self.place.file.is_file()
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A connection that sees what is committed.
 
         Raises:
-            UmbelError: the file is damaged, not a database, or of a newer Umbel.
+            UmbelError: the file is damaged, not a database, or of a newer Umbel; the server of the
+                database does not answer.
         """
-        with translated(self.path), self._connected().connect() as connection:
+        with self._translated(), self._connected().connect() as connection:
             yield connection
 
     @contextmanager
@@ -79,9 +81,8 @@ class Database:
             UmbelError: as :meth:`read`; or the disk is full, the file cannot be written, or another
                 process kept it locked for half a minute.
         """
-        with translated(self.path), self._connected().begin() as connection:
-            # At once, not at the first change: a reader that turns writer is refused unheard.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        with self._translated(), self._connected().begin() as connection:
+            _begin(connection)
             yield connection
 
     def close(self) -> None:
@@ -90,70 +91,146 @@ class Database:
             self._engine.dispose()
             self._engine = None
 
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        with translated(self.place.file or self.place.shown):
+            yield
+
     def _connected(self) -> sa.Engine:
         if self._engine is None:
-            engine = sa.create_engine(
-                f"sqlite:///{self.path}",
-                connect_args={"timeout": BUSY_SECONDS, "isolation_level": None},
-            )
-            sa.event.listen(engine, "connect", lambda raw, _: _prepare(raw))
-            with engine.begin() as connection:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-                found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-                if found == 0:
-                    _metadata.create_all(connection)
-                    connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")
-                elif found != SCHEMA:
-                    raise InputError(
-                        f"the store has schema {found}, this Umbel reads {SCHEMA}",
-                        where=str(self.path),
-                        fix="use the version of Umbel that wrote it, or another --store",
-                    )
+            engine = _engine(self.place)
+            with engine.connect() as connection:
+                found = _version(connection)
+            if found != VERSION:
+                with engine.begin() as connection:
+                    _begin(connection)
+                    _bring_up(connection, self.place)
             self._engine = engine
         return self._engine
 
 
-def locate(location: str) -> tuple[Path, Path]:
-    """The folder and the database file of a store: a folder, or ``sqlite:///path/to.db``.
+def locate(location: str) -> Place:
+    """What a run file's ``store`` means.
 
+    Args:
+        location: a folder; ``sqlite:///path/to.db`` with run folders beside it; or
+            ``postgresql+psycopg://user@host/name?folder=/path``, where ``folder`` (default
+            ``runs``) is that of checkpoints and run files.
     Raises:
         InputError: another kind of database.
     """
+    if "://" not in location:
+        return _in_file(Path(location), Path(location) / "umbel.db", location)
     file = location.removeprefix("sqlite:///")
     if file and file != location:
-        return Path(file).parent, Path(file)
-    if "://" not in location:
-        return Path(location), Path(location) / "umbel.db"
+        return _in_file(Path(file).parent, Path(file), location)
     kind = location.partition(":")[0].partition("+")[0]
-    name = "PostgreSQL" if kind.startswith("postgres") else f"a store at '{kind}://'"
+    shown = f"{location.partition('://')[0]}://{location.rpartition('@')[2]}"
+    if kind in ("postgresql", "postgres"):
+        try:
+            url = sa.make_url(location).set(drivername="postgresql+psycopg")
+        except (sa.exc.ArgumentError, ValueError):
+            fix = "write postgresql+psycopg://user@host/name?folder=/path"
+            raise InputError("not a database URL", where=f"store = {shown!r}", fix=fix) from None
+        folder = url.query.get("folder", "runs")
+        shown = url.render_as_string(hide_password=True)
+        return Place(Path(str(folder)), url.difference_update_query(["folder"]), shown)
     raise InputError(
-        f"{name} is not supported by this version",
+        f"a store at '{kind}://' is not supported by this version",
         where=f"store = {location.rpartition('@')[2]!r}",  # what precedes @ is a password
-        fix="use a folder, or sqlite:///path/to.db",
+        fix="use a folder, sqlite:///path/to.db or postgresql+psycopg://user@host/name",
     )
 
 
-def _prepare(raw: sa.engine.interfaces.DBAPIConnection) -> None:
-    cursor = raw.cursor()
-    try:
-        deadline = time.monotonic() + BUSY_SECONDS
-        while True:  # SQLite does not wait by itself when two connections switch to WAL at once
-            try:
-                cursor.execute("PRAGMA journal_mode = WAL")
-                break
-            except Exception as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-        cursor.execute("PRAGMA synchronous = FULL")
-        cursor.execute("PRAGMA foreign_keys = ON")
-    finally:
-        cursor.close()
+def _in_file(folder: Path, file: Path, shown: str) -> Place:
+    return Place(folder, sa.URL.create("sqlite", database=str(file)), shown)
+
+
+def _engine(place: Place) -> sa.Engine:
+    if place.file is None:
+        try:
+            return sa.create_engine(
+                place.url,
+                pool_pre_ping=True,
+                connect_args={"connect_timeout": BUSY_SECONDS, "application_name": "umbel"},
+            )
+        except ImportError:
+            raise InputError(
+                "PostgreSQL needs the package psycopg, which is not installed",
+                where=place.shown,
+                fix="pip install 'umbel[postgresql]'",
+            ) from None
+    engine = sa.create_engine(
+        place.url, connect_args={"timeout": BUSY_SECONDS, "isolation_level": None}
+    )
+
+    def prepare(raw: sa.engine.interfaces.DBAPIConnection, _: object) -> None:
+        sqlite.prepare(raw, "FULL", write_ahead=True, wait=BUSY_SECONDS, foreign_keys=True)
+
+    sa.event.listen(engine, "connect", prepare)
+    return engine
+
+
+def _begin(connection: sa.Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        # At once, not at the first change: a reader that turns writer is refused unheard.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _version(connection: sa.Connection) -> str | None:
+    """The migration that the database is at; ``None``: it has no tables of ours."""
+    tables = sa.inspect(connection)
+    if tables.has_table("alembic_version"):
+        query = sa.text("SELECT version_num FROM alembic_version")
+        return str(connection.execute(query).scalar_one())
+    return FIRST if tables.has_table("round") and tables.has_table("run") else None
+
+
+def _bring_up(connection: sa.Connection, place: Place) -> None:
+    """Makes the tables, or migrates them; alone in the database, and asks again whether to."""
+    lite = connection.dialect.name == "sqlite"
+    if not lite:
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATING)))
+    found = _version(connection)
+    if found == VERSION:
+        return
+    if found is not None and found > VERSION:
+        raise InputError(
+            f"the store has schema {found}, this Umbel reads {VERSION}",
+            where=place.shown,
+            fix="use the version of Umbel that wrote it, or another --store",
+        )
+    if found is None:
+        metadata.create_all(connection)
+        _stamp(connection, VERSION)
+    else:
+        if not sa.inspect(connection).has_table("alembic_version"):
+            _stamp(connection, found)
+        _migrate(connection)
+    if lite:
+        connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")
+
+
+def _stamp(connection: sa.Connection, version: str) -> None:
+    connection.exec_driver_sql(
+        "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"
+    )
+    connection.exec_driver_sql(f"INSERT INTO alembic_version VALUES ('{version}')")
+
+
+def _migrate(connection: sa.Connection) -> None:
+    from alembic import command  # half a second, which only an old store costs
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", "umbel.server:migrations")
+    config.attributes["connection"] = connection
+    command.upgrade(config, VERSION)
 
 
 @contextmanager
-def translated(place: Path, what: str = "run store") -> Iterator[None]:
-    """Turns the errors of the disk and of SQLite into one that a user can act on.
+def translated(place: Path | str, what: str = "run store") -> Iterator[None]:
+    """Turns the errors of the disk and of the database into one that a user can act on.
 
     Raises:
         InputError: ``place`` cannot be written, or is something else than a store.
@@ -167,7 +244,7 @@ def translated(place: Path, what: str = "run store") -> Iterator[None]:
         where = str(error.filename or place)
         raise _error(error.strerror or str(error), where, what) from error
     except sa.exc.DatabaseError as error:
-        raise _error(str(error.orig), str(place), what) from error
+        raise _error(str(error.orig).strip(), str(place), what) from error
 
 
 def _error(reason: str, where: str, what: str) -> UmbelError:
@@ -186,4 +263,7 @@ def _error(reason: str, where: str, what: str) -> UmbelError:
         if what == "run store":
             fix = "use a folder that you may write: [run] store or --store"
         return InputError(f"cannot write the {what}: {reason}", where=where, fix=fix)
+    if "connect" in text or "://" in where:
+        fix = "check that the database is up, its address, and who may connect"
+        return RunError(f"the {what} failed: {reason}", where=where, fix=fix)
     return RunError(f"the {what} failed: {reason}", where=where, fix="check the disk")

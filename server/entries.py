@@ -87,7 +87,9 @@ class RunEntry:
             row: the columns, and ``record``: the last committed round as JSON text, or ``None``.
             alive: whether a live process runs it. A killed one could not write that it ended.
         """
-        table = {name: value for name, value in row.items() if name not in ("id", "record")}
+        table = {
+            name: value for name, value in row.items() if name not in ("id", "record", "indexed")
+        }
         if table["status"] == "running" and not alive:
             table["status"] = "interrupted"
         table["configuration"] = json.loads(table["configuration"])

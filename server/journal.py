@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from umbel.server.database import round_table, run_table
+from umbel.server.schema import (
+    audit_table,
+    checkpoint_table,
+    dispatch_table,
+    metric_table,
+    privacy_table,
+    round_table,
+    run_table,
+)
 
 if TYPE_CHECKING:  # torch is loaded only where tensors are read or written
     from umbel.server.records import RoundRecord
@@ -51,38 +60,45 @@ def enter(
     rows = [{"run_id": run_id, "round": r.round, "record": json.dumps(r.as_json())} for r in new]
     if rows:
         connection.execute(sa.insert(round_table), rows)
-    mine = round_table.c.run_id == run_id
-    names = {"checkpoint": name, "sha256": sha256}
-    connection.execute(sa.update(round_table).where(mine, round_table.c.round == last), names)
+    if not any(row.file == name for row in checkpoints(connection, run_id)):
+        row = {"run_id": run_id, "round": last, "file": name, "sha256": sha256}
+        connection.execute(sa.insert(checkpoint_table), row)
     found = checkpoints(connection, run_id)
-    for row in found[KEPT:]:
-        gone = sa.update(round_table).where(mine, round_table.c.round == row.round)
-        connection.execute(gone, {"checkpoint": None, "sha256": None})
+    mine = checkpoint_table.c.run_id == run_id
+    for old in found[KEPT:]:
+        connection.execute(
+            sa.delete(checkpoint_table).where(mine, checkpoint_table.c.round == old.round)
+        )
     seconds = run_table.c.seconds + sum(r.seconds for r in new)
     connection.execute(sa.update(run_table).where(this).values(rounds_done=last, seconds=seconds))
-    return {row.checkpoint for row in found[:KEPT]}
+    return {row.file for row in found[:KEPT]}
 
 
 def drop_after(connection: sa.Connection, run_id: str, last: int) -> None:
     """Takes back every round after ``last``."""
-    mine = round_table.c.run_id == run_id
-    connection.execute(sa.delete(round_table).where(mine, round_table.c.round > last))
+    for table in (round_table, checkpoint_table, dispatch_table, metric_table, privacy_table):
+        after = sa.and_(table.c.run_id == run_id, table.c.round > last)
+        connection.execute(sa.delete(table).where(after))
     seconds = sum(record["seconds"] for record in records(connection, run_id))
-    update(connection, run_id, {"rounds_done": last, "seconds": seconds})
+    indexed = sa.case((run_table.c.indexed > last, last), else_=run_table.c.indexed)
+    values = {"rounds_done": last, "seconds": seconds, "indexed": indexed}
+    update(connection, run_id, values)
 
 
 def checkpoints(connection: sa.Connection, run_id: str) -> Sequence[sa.Row[Any, Any, Any]]:
-    """(round, checkpoint, sha256) of the rounds that have a checkpoint, the last first."""
-    columns = (round_table.c.round, round_table.c.checkpoint, round_table.c.sha256)
-    query = sa.select(*columns).where(round_table.c.run_id == run_id)
-    query = query.where(round_table.c.checkpoint.is_not(None))
-    return connection.execute(query.order_by(round_table.c.round.desc())).all()
+    """(round, file, sha256) of the checkpoints that are kept, the last first."""
+    columns = (checkpoint_table.c.round, checkpoint_table.c.file, checkpoint_table.c.sha256)
+    query = sa.select(*columns).where(checkpoint_table.c.run_id == run_id)
+    return connection.execute(query.order_by(checkpoint_table.c.round.desc())).all()
 
 
-def records(connection: sa.Connection, run_id: str) -> list[dict[str, Any]]:
-    """The committed rounds as plain values, in order."""
-    query = sa.select(round_table.c.record).where(round_table.c.run_id == run_id)
-    rows = connection.execute(query.order_by(round_table.c.round)).scalars()
+def records(
+    connection: sa.Connection, run_id: str, after: int = 0, most: int | None = None
+) -> list[dict[str, Any]]:
+    """The committed rounds after round ``after``, at most ``most``, as plain values, in order."""
+    mine = (round_table.c.run_id == run_id, round_table.c.round > after)
+    query = sa.select(round_table.c.record).where(*mine)
+    rows = connection.execute(query.order_by(round_table.c.round).limit(most)).scalars()
     return [json.loads(text) for text in rows]
 
 
@@ -94,3 +110,24 @@ def runs(connection: sa.Connection) -> Sequence[Mapping[str, Any]]:
     query = sa.select(run_table, round_table.c.record).outerjoin_from(run_table, round_table, last)
     newest = query.order_by(run_table.c.started.desc(), run_table.c.id.desc())
     return [dict(row) for row in connection.execute(newest).mappings()]
+
+
+def note(
+    connection: sa.Connection, actor: str, event: str, run_id: str = "", **facts: object
+) -> None:
+    """Enters who did what; entries are never changed."""
+    row = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "actor": actor,
+        "event": event,
+        "run_id": run_id,
+        "facts": json.dumps(facts),
+    }
+    connection.execute(sa.insert(audit_table), row)
+
+
+def notes(connection: sa.Connection, last: int) -> list[dict[str, Any]]:
+    """The last entries of :func:`note`, the newest first."""
+    query = sa.select(audit_table).order_by(audit_table.c.number.desc()).limit(last)
+    rows = connection.execute(query).mappings()
+    return [{**row, "facts": json.loads(row["facts"])} for row in rows]

@@ -14,6 +14,8 @@ A round is committed when its checkpoint is durable AND its transaction is: firs
 {records, name and hash of the file, rounds done}. Rounds between two checkpoints are held back and
 committed with the next one. So the store never shows a round that a resumed run would repeat, and a
 process killed anywhere loses only rounds that nobody was shown.
+
+The tables may be in PostgreSQL; the folder stays one, and whoever reads models must see it, too.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -36,16 +38,19 @@ from umbel.server import checkpoints, entries, journal
 from umbel.server.checkpoints import Checkpoint
 from umbel.server.database import Database, locate, translated
 from umbel.server.entries import Ended, RunEntry
+from umbel.server.index import Dispatch, Index
 
 if TYPE_CHECKING:  # torch and pydantic are loaded only where they are used
     from umbel.core.run_file import RunFile
     from umbel.server.records import RoundRecord, RoundResult
 
 PRIVACY = "privacy.json"
+ACTOR = "umbel"
+"""Who writes the audit entries of runs."""
 
 
 class RunStore:
-    """The runs at ``location``: a folder, or ``sqlite:///path/to.db`` with run folders beside it.
+    """The runs at ``location``: a folder, or what :func:`umbel.server.database.locate` takes.
 
     Nothing is made before the first :meth:`create`. One object may write several runs; several
     processes may write one store.
@@ -55,9 +60,11 @@ class RunStore:
     """
 
     def __init__(self, location: str | Path) -> None:
-        self.location = str(location)
-        self.folder, path = locate(self.location)
-        self._database = Database(path)
+        place = locate(str(location))
+        self.location = place.shown
+        self.folder = place.folder
+        self._database = Database(place)
+        self._index = Index(self._database)
         self._locks: dict[str, IO[bytes]] = {}
         self._held: dict[str, tuple[builtins.list[RoundRecord], RoundResult]] = {}
 
@@ -77,7 +84,7 @@ class RunStore:
             UmbelError: the store cannot be written, or the disk is full.
         """
         now = datetime.now(UTC)
-        configuration, made_with = run.model_dump(mode="json"), versions()
+        configuration, made_with = self._configuration(run), versions()
         if base_model is not None:
             made_with["base_model"] = base_model
         with translated(self.folder):
@@ -115,6 +122,7 @@ class RunStore:
         }
         with self._database.write() as connection:
             journal.create(connection, row)
+            journal.note(connection, ACTOR, "run begins", run_id)
         return run_id
 
     def keep_plan(self, run_id: str, plan: Mapping[str, Any]) -> None:
@@ -163,6 +171,7 @@ class RunStore:
         with self._database.write() as connection:
             kept = journal.enter(connection, run_id, records, name, sha256)
         del self._held[run_id]
+        self._index.wake(run_id)
         for old in folder.iterdir():  # what a killed process left half-written goes, too
             if old.name not in kept:
                 old.unlink(missing_ok=True)
@@ -179,10 +188,10 @@ class RunStore:
             return None
         folder = self.folder / run_id / "checkpoints"
         try:
-            return checkpoints.read(folder / found[0].checkpoint, found[0].sha256)
+            return checkpoints.read(folder / found[0].file, found[0].sha256)
         except RunError as error:
             for row in found[1:]:
-                if checkpoints.is_whole(folder / row.checkpoint, row.sha256):
+                if checkpoints.is_whole(folder / row.file, row.sha256):
                     resume = f"umbel simulate --resume {run_id} --store {self.location}"
                     error.fix += f", or go on from round {row.round}: {resume}"
             raise
@@ -226,10 +235,10 @@ class RunStore:
         note = ""
         with self._database.write() as connection:
             found = journal.checkpoints(connection, run_id)
-            whole = [r for r in found if checkpoints.is_whole(folder / r.checkpoint, r.sha256)]
+            whole = [r for r in found if checkpoints.is_whole(folder / r.file, r.sha256)]
             if found and not whole:
                 raise RunError(
-                    f"checkpoint '{found[0].checkpoint}' is missing or damaged, as is any before",
+                    f"checkpoint '{found[0].file}' is missing or damaged, as is any before",
                     where=str(folder),
                     fix="restore the file from a backup, or start the run anew",
                 )
@@ -237,14 +246,16 @@ class RunStore:
                 last = whole[0].round
                 journal.drop_after(connection, run_id, last)
                 note = (
-                    f"checkpoint '{found[0].checkpoint}' is missing or damaged: rounds after "
+                    f"checkpoint '{found[0].file}' is missing or damaged: rounds after "
                     f"{last} are dropped and run again"
                 )
             values = {"status": "running", "finished": None, "error": "", **_process()}
             if run is not None:
-                configuration = json.dumps(run.model_dump(mode="json"))
+                configuration = json.dumps(self._configuration(run))
                 values |= {"configuration": configuration, "rounds_planned": run.run.rounds}
             journal.update(connection, run_id, values)
+            facts = {"note": note} if note else {}
+            journal.note(connection, ACTOR, "run goes on", run_id, **facts)
         return note
 
     def finish(self, run_id: str, status: Ended, *, error: str = "") -> None:
@@ -270,7 +281,10 @@ class RunStore:
         with self._database.write() as connection:
             values = {"status": status, "error": error, "finished": now}
             journal.update(connection, run_id, values)
+            facts = {"error": error} if error else {}
+            journal.note(connection, ACTOR, f"run {status}", run_id, **facts)
         self._locks.pop(run_id).close()
+        self._index.catch_up(run_id)
 
     def export(self, run_id: str, path: Path) -> bool:
         """Writes the last committed model, under its plain names; false where there is none.
@@ -317,10 +331,14 @@ class RunStore:
 
         return [RoundRecord.from_json(table) for table in self.history_json(run_id)]
 
-    def history_json(self, run_id: str) -> builtins.list[dict[str, Any]]:
-        """The committed rounds as plain values, without loading torch."""
+    def history_json(self, run_id: str, after: int = 0) -> builtins.list[dict[str, Any]]:
+        """The committed rounds after round ``after`` as plain values, without loading torch."""
         with self._database.read() as connection:
-            return journal.records(connection, run_id)
+            return journal.records(connection, run_id, after)
+
+    def keep_dispatches(self, run_id: str, dispatches: Sequence[Dispatch]) -> None:
+        """Enters when real sites were asked and answered, and how much travelled."""
+        self._index.keep(run_id, dispatches)
 
     def close(self) -> None:
         """Closes the database and lets go of the runs: they can be reopened."""
@@ -328,7 +346,15 @@ class RunStore:
             lock.close()
         self._locks.clear()
         self._held.clear()
+        self._index.close()
         self._database.close()
+
+    def _configuration(self, run: RunFile) -> dict[str, Any]:
+        """The run file as plain values; the store's address without a password."""
+        table: dict[str, Any] = run.model_dump(mode="json")
+        if self._database.place.file is None:
+            table["run"]["store"] = self.location
+        return table
 
     def _model_file(self, run_id: str) -> Path:
         return self.folder / run_id / "model.safetensors"

@@ -166,6 +166,38 @@ def running(state: LinkState) -> Iterator[Run]:
         state.cleanup_run(number)
 
 
+class Heard(NamedTuple):
+    """A site's sealed answer.
+
+    Args:
+        site: who.
+        kind: of the message that it answers.
+        group: of that message: the round, as text.
+        sent: when it was asked, seconds since 1970.
+        done: when its answer was whole.
+        bytes_down: of what it was sent.
+        bytes_up: of its answer.
+        versions: what it has installed, where it was greeted.
+    """
+
+    site: str
+    kind: str
+    group: str
+    sent: float
+    done: float
+    bytes_down: int
+    bytes_up: int
+    versions: Mapping[str, str]
+
+
+REPORTED = ("umbel", "flwr", "torch", "numpy")
+"""Whose versions a site tells."""
+
+
+def _nobody(heard: Heard) -> None:
+    """Nobody listens."""
+
+
 class LinkGrid(Grid):
     """Flower's ``Grid`` over the link state, in which all that is sent is sealed.
 
@@ -179,6 +211,7 @@ class LinkGrid(Grid):
         key: the server's manifest key.
         peers: node -> who is behind it. Other nodes are not seen.
         refused: called with (site, text) for each reply that was not taken, and each refusal.
+        heard: called with each answer that was.
     """
 
     def __init__(
@@ -189,6 +222,7 @@ class LinkGrid(Grid):
         key: Ed25519PrivateKey,
         peers: Mapping[int, Peer],
         refused: Callable[[str, str], None],
+        heard: Callable[[Heard], None] = _nobody,
     ) -> None:
         self._state = state
         self._run = run
@@ -196,6 +230,8 @@ class LinkGrid(Grid):
         self._key = key
         self._peers = peers
         self._refused = refused
+        self._heard = heard
+        self._asked: dict[str, tuple[str, float, int]] = {}  # id -> group, when, bytes
         self._sent: dict[str, tuple[int, str, str]] = {}  # id -> node, kind, nonce
         self._incomplete: dict[str, Message] = {}
 
@@ -260,6 +296,7 @@ class LinkGrid(Grid):
             return ""
         nonce = json.loads(json.loads(text)["seal"])["nonce"]
         self._sent[number] = (metadata.dst_node_id, metadata.message_type, nonce)
+        self._asked[number] = (metadata.group_id, time.time(), _size(plain(message.content)))
         return number
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -285,6 +322,7 @@ class LinkGrid(Grid):
             del self._incomplete[number]
             taken.append(self._checked(reply))
             self._sent.pop(message.metadata.reply_to_message_id, None)
+            self._asked.pop(message.metadata.reply_to_message_id, None)
         self._state.delete_messages({m.metadata.reply_to_message_id for m in taken})
         return taken
 
@@ -348,13 +386,26 @@ class LinkGrid(Grid):
             table = json.loads(records[MANIFEST][MANIFEST])
             said, error = table.get("client"), table.get("error")
         except (KeyError, TypeError, ValueError, AttributeError):
-            said = error = None
+            table, said, error = {}, None, None
         if said is not None and said != peer.name:
             self._refused(peer.name, f"its reply was not taken: it calls itself {said!r}")
             return _failed(message, OTHER_NAME)
         if error == "policy":
             self._refused(peer.name, f"refused by its policy ({table.get('exception')})")
+        elif error is None:
+            group, sent, down = self._asked[message.metadata.reply_to_message_id]
+            installed = table.get("versions")
+            known = installed if isinstance(installed, dict) else {}
+            versions = {name: str(known[name])[:64] for name in REPORTED if name in known}
+            up = _size(records)
+            self._heard(Heard(peer.name, kind, group, sent, time.time(), down, up, versions))
         return message
+
+
+def _size(records: seal.Records) -> int:
+    """Bytes of the values, without names and frames."""
+    values = (value for record in records.values() for value in record.values())
+    return sum(len(value) if isinstance(value, bytes | str) else 8 for value in values)
 
 
 def plain(content: RecordDict) -> seal.Records:

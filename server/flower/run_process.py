@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,9 +78,11 @@ def carry_out(settings: Settings, orders: Orders) -> str:
         UmbelError: what ended it.
     """
     from umbel.server.flower.grid import GridFederation
-    from umbel.server.flower.link import LinkGrid, Peer, open_factory, running
+    from umbel.server.flower.link import Heard, LinkGrid, Peer, open_factory, running
     from umbel.server.flower.secure_grid import secured
+    from umbel.server.index import Dispatch
     from umbel.server.serve import serve
+    from umbel.server.store import RunStore
 
     run = run_file.resolve(settings.run, "run")
     peers = {
@@ -91,18 +94,31 @@ def carry_out(settings: Settings, orders: Orders) -> str:
     def refused(site: str, text: str) -> None:
         say("refused", site=site, text=text)
 
+    asked: dict[tuple[int, str], Dispatch] = {}
+
+    def heard(answer: Heard) -> None:
+        if answer.versions:
+            say("site", site=answer.site, versions=dict(answer.versions))
+        if answer.group.isdigit() and int(answer.group):
+            key = int(answer.group), answer.site
+            first = asked.get(key, Dispatch(*key, answer.sent, None, 0, 0))
+            down, up = first.bytes_down + answer.bytes_down, first.bytes_up + answer.bytes_up
+            asked[key] = first._replace(done=answer.done, bytes_down=down, bytes_up=up)
+
     def on_round(record: RoundRecord) -> None:
+        store.keep_dispatches(started[0], list(asked.values()))
+        asked.clear()
         say("round", round=record.round, of=run.run.rounds, record=record.as_json())
         if orders.pause.is_set() and record.round < run.run.rounds:
             raise KeyboardInterrupt
 
-    with running(state) as link:
-        grid = LinkGrid(state, link, settings.job, key, peers, refused)
+    started: list[str] = []
+    with running(state) as link, closing(RunStore(run.run.store)) as store:
+        grid = LinkGrid(state, link, settings.job, key, peers, refused, heard)
         sites = settings.sites or len(peers)
         inner = GridFederation(grid, run, sites=sites, wait=settings.wait)
         federation = secured(inner, {peer.name: peer.identity for peer in peers.values()})
         say("sites", names=list(federation.clients()))
-        started: list[str] = []
 
         def on_start(run_id: str) -> None:
             started.append(run_id)

@@ -19,6 +19,7 @@ from umbel.core import run_file
 from umbel.core.errors import InputError, RunError
 from umbel.core.payloads import Failure
 from umbel.core.trees import Model
+from umbel.server.database import locate
 from umbel.server.records import RoundRecord, RoundResult
 from umbel.server.store import RunStore
 
@@ -256,9 +257,17 @@ def test_a_sqlite_url_names_the_file(tmp_path: Path) -> None:
 
 
 def test_other_databases_are_refused_without_showing_the_password() -> None:
-    with pytest.raises(InputError, match="PostgreSQL is not supported") as caught:
-        RunStore("postgresql+psycopg://me:secret@host/db")
+    with pytest.raises(InputError, match="mysql") as caught:
+        RunStore("mysql://me:secret@host/db")
     assert "secret" not in str(caught.value)
+
+
+def test_a_postgresql_url_has_its_folder_and_shows_no_password() -> None:
+    place = locate("postgresql+psycopg://me:secret@host/db?folder=/srv/runs&sslmode=require")
+    assert (place.folder, place.file) == (Path("/srv/runs"), None)
+    assert "secret" not in place.shown
+    assert dict(place.url.query) == {"sslmode": "require"}
+    assert locate("postgresql://host/db").folder == Path("runs")
 
 
 def test_a_file_in_the_way_is_one_error(tmp_path: Path) -> None:
