@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from umbel.core.trees import Tree
 from umbel.strategies.parts import ClientRule, Local
 from umbel.strategies.parts.rule import model_part
 from umbel.tasks.evaluate import per_example
+from umbel.tasks.features import last_inputs
 from umbel.tasks.task import Batch, Task
 
 
@@ -99,7 +100,7 @@ class Passes:
         outputs: list[Tensor] = []
         forward = self._forward(tensors, outputs)
         seen: list[Tensor] = []
-        with _last_inputs(self._module, seen) if features else nullcontext():
+        with last_inputs(self._module, seen) if features else nullcontext():
             losses, figures = per_example(self._task, forward, batch)
         given = seen[-1] if seen else None
         made = _Pass(params, batch, losses, outputs[0], given, figures)
@@ -138,19 +139,3 @@ def objective(
 
 def _same(left: Tree, right: Tree) -> bool:
     return left.keys() == right.keys() and all(left[name] is right[name] for name in left)
-
-
-@contextmanager
-def _last_inputs(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    """While this is open, what layers with parameters of their own are given goes to ``seen``."""
-
-    def see(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0])
-
-    layers = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
-    handles = [layer.register_forward_pre_hook(see) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,9 @@ class Buffer:
     """How much is kept, and which.
 
     The examples kept are those of the smallest hashes: of all met so far (``reservoir``), or of
-    each class (``balanced``). That is a uniform sample, and a later buffer holds of earlier
-    examples only what the one before it held: nothing that was dropped ever comes back.
+    each class (``balanced``). That is a uniform sample. Or of each class those that come first by
+    :func:`herded`. A later buffer holds of earlier examples only what the one before it held:
+    nothing that was dropped ever comes back.
 
     Args:
         per_class: the most of one class; ``None``: no such bound.
@@ -38,7 +39,7 @@ class Buffer:
     per_class: int | None
     examples: int | None
     bytes: int | None
-    choice: Literal["balanced", "reservoir"]
+    choice: Literal["balanced", "reservoir", "herding"]
     repeat: bool
 
     @classmethod
@@ -47,7 +48,7 @@ class Buffer:
         per_class: int | None,
         examples: int | None,
         bytes: int | None,
-        choice: Literal["balanced", "reservoir"],
+        choice: Literal["balanced", "reservoir", "herding"],
         repeat: bool,
     ) -> Buffer:
         """A buffer with a bound: 40 of each class, where none is given.
@@ -73,6 +74,7 @@ class Buffer:
         row_bytes: int,
         seed: int,
         client: str,
+        ranks: npt.NDArray[np.integer] | None = None,
     ) -> Rows:
         """The rows that are kept.
 
@@ -82,10 +84,11 @@ class Buffer:
             row_bytes: what one example takes.
             seed: of the run.
             client: its name.
+            ranks: of all rows met, one after another: the smallest are kept; ``None``: hashes.
         """
         rows = np.concatenate([np.zeros(0, np.int32), *met])
         hashes = mix(key(seed, "replay", client), rows.astype(np.uint64))
-        ranked = rows[np.argsort(hashes, kind="stable")]
+        ranked = rows[np.argsort(hashes if ranks is None else ranks, kind="stable")]
         bounds = [b for b in (self.examples, self._rows(row_bytes)) if b is not None]
         room = min(bounds, default=len(rows))
         if self.choice == "reservoir":
@@ -108,3 +111,26 @@ def replayed(new: Rows, old: Rows, *, repeat: bool) -> Rows:
     if repeat and 0 < len(old) < len(new):
         old = np.resize(old, len(new))
     return np.concatenate([new, old])
+
+
+def herded(features: npt.NDArray[np.floating[Any]], most: int | None) -> npt.NDArray[np.int64]:
+    """The order in which examples of one class are taken, (rows,): each brings the mean of those
+    taken so far as near to the mean of all as one example can.
+
+    Args:
+        features: (rows, features).
+        most: how many are taken so; the rest follow as they come. ``None``: all.
+
+    Source: Rebuffi et al. 2017, iCaRL, Algorithm 4 (arXiv:1611.07725).
+    """
+    wide = np.asarray(features, np.float64)
+    wanted, total = wide.mean(0), np.zeros(wide.shape[1])
+    left = np.ones(len(wide), dtype=np.bool_)
+    taken: list[int] = []
+    for count in range(1, min(len(wide), len(wide) if most is None else most) + 1):
+        apart = np.square(wanted - (total + wide) / count).sum(1)
+        best = int(np.where(left, apart, np.inf).argmin())
+        total += wide[best]
+        left[best] = False
+        taken.append(best)
+    return np.array([*taken, *np.flatnonzero(left)], dtype=np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +23,15 @@ WHERE = "[continual]"
 
 @dataclass(frozen=True)
 class Stream:
-    """Experiences 0 … count-1, and the order in which clients meet them.
+    """Experiences 0 … count-1, and when clients meet them.
 
     Args:
         data: the examples, their inputs as their experience has them. Test parts have a column
             ``experience``, (rows,) int64.
-        count: of experiences, and of stages.
+        count: of experiences.
         of_row: (training rows,), the experience of each.
         of_class: (classes,), the same of each class; ``None`` where all have all classes.
-        order: (clients, count), what each client meets in each stage.
+        order: (clients, stages), what each client meets in each stage.
     """
 
     data: FederatedData
@@ -39,11 +40,38 @@ class Stream:
     of_class: Whole | None
     order: Whole
 
+    @property
+    def stages(self) -> int:
+        """How many stages there are: as many as experiences, unless some clients are behind."""
+        return int(self.order.shape[1])
+
+    def of(self, place: int, experience: int) -> npt.NDArray[np.int32]:
+        """The training rows of an experience that the client at ``place`` has."""
+        held = self.data.train_holdings.of_client(place)
+        rows: npt.NDArray[np.int32] = held[self.of_row[held] == experience]
+        return rows
+
     def met(self, place: int, stage: int) -> npt.NDArray[np.int32]:
         """The training rows that the client at ``place`` meets in ``stage``."""
-        held = self.data.train_holdings.of_client(place)
-        rows: npt.NDArray[np.int32] = held[self.of_row[held] == self.order[place, stage]]
-        return rows
+        return self.of(place, int(self.order[place, stage]))
+
+    def earlier(self, place: int, stage: int) -> dict[int, int]:
+        """The experiences that the client at ``place`` has left before ``stage``, in the order in
+        which it met them, each with the last stage that it was in it."""
+        order = self.order[place].tolist()
+        left = {e: s for s, e in enumerate(order[:stage]) if e != order[stage]}
+        return {e: left[e] for e in dict.fromkeys(order[:stage]) if e in left}
+
+    def leaves(self, place: int, stage: int) -> bool:
+        """Whether the client at ``place`` goes on to another experience after ``stage``."""
+        following = self.order[place, stage + 1 : stage + 2]
+        return not len(following) or bool(following[0] != self.order[place, stage])
+
+    def begins(self, place: int) -> Whole:
+        """(count,), the first stage in which the client at ``place`` is in each experience."""
+        there = self.order[place][None, :] == np.arange(self.count)[:, None]
+        first: Whole = there.argmax(1)
+        return first
 
     def seen(self, stage: int) -> npt.NDArray[np.bool_]:
         """(classes,), which of them anybody has met by the end of ``stage``."""
@@ -56,11 +84,13 @@ class Stream:
 def stream(data: FederatedData, section: Continual, seed: int) -> Stream:
     """The experiences that ``[continual]`` asks for.
 
-    Classes go to experiences in their order, as evenly as they can. Of domains, the first has the
-    inputs as they are; every example is in one of them, drawn from the seed.
+    Classes go to experiences in their order, as evenly as they can, and so do a column's values. Of
+    domains, the first has the inputs as they are; every example is in one of them, drawn from the
+    seed.
 
     Raises:
-        InputError: fewer classes than experiences, no classes, or inputs that cannot be rotated.
+        InputError: fewer classes than experiences, no classes, inputs that cannot be rotated, no
+            such column, or fewer values in it than experiences.
     """
     count, info = section.experiences, data.info
     of_class = None
@@ -80,7 +110,11 @@ def stream(data: FederatedData, section: Continual, seed: int) -> Stream:
             fix="by = 'permutation'",
         )
 
+    values = _values(data, section) if section.column is not None else None
+
     def whole(part: str, arrays: Arrays) -> Whole:
+        if values is not None and section.column is not None:
+            return _of_value(arrays, section.column, values, part) * count // len(values)
         if of_class is not None:
             return of_class[arrays["y"]]
         n = rows(arrays)
@@ -98,6 +132,11 @@ def stream(data: FederatedData, section: Continual, seed: int) -> Stream:
     if section.order == "shuffled":
         keys = client_keys(seed, "order of experiences", 0, data.names)
         order = np.stack([permutation(k, count) for k in keys])
+    elif section.order == "staggered":
+        stages, clients = count + section.lag, len(data.names)
+        behind = permutation(key(seed, "order of experiences"), clients)
+        behind = behind * (section.lag + 1) // clients
+        order = np.clip(np.arange(stages)[None, :] - behind[:, None], 0, count - 1)
     dealt = replace(
         data,
         train=_shifted(data.train, of_row, section, seed),
@@ -130,9 +169,53 @@ def of_stage(
     )
 
 
+def _values(data: FederatedData, section: Continual) -> npt.NDArray[np.integer[Any]]:
+    """The values of the column, in order."""
+    name, columns = section.column or "", sorted(data.train.keys() - {"x", "y"})
+    column = data.train.get(name)
+    if column is None or name in ("x", "y"):
+        raise InputError(
+            f"data set '{data.info.name}' has no column '{name}'; it has {columns or 'none'}",
+            where=WHERE,
+            fix="[data] columns names the arrays of an .npz that are columns",
+        )
+    if column.ndim != 1 or column.dtype.kind not in "iu":
+        raise InputError(
+            f"column '{name}' holds {column.dtype} of shape {column.shape[1:]} an example",
+            where=WHERE,
+            fix="one whole number an example",
+        )
+    values: npt.NDArray[np.integer[Any]] = np.unique(column)
+    if len(values) < section.experiences:
+        raise InputError(
+            f"experiences = {section.experiences}, and column '{name}' has {len(values)} values",
+            where=WHERE,
+            fix=f"at most experiences = {len(values)}",
+        )
+    return values
+
+
+def _of_value(arrays: Arrays, name: str, values: npt.NDArray[np.integer[Any]], part: str) -> Whole:
+    """The place of each example's value among ``values``."""
+    if name not in arrays:
+        raise InputError(
+            f"the {part} part has no column '{name}'",
+            where=WHERE,
+            fix=f"an array {name}_{part.split()[-1]}, or [data] holdout = 0.2",
+        )
+    unknown = np.setdiff1d(arrays[name], values)
+    if len(unknown):
+        raise InputError(
+            f"value {unknown[0]} of column '{name}' is in the {part} part only",
+            where=WHERE,
+            fix="test examples of the values that are trained on",
+        )
+    return np.searchsorted(values, arrays[name]).astype(np.int64)
+
+
 def _shifted(arrays: Arrays, at: Whole, section: Continual, seed: int) -> Arrays:
     """The arrays with every input as its experience has it."""
-    if section.by == "class":
+    if section.by in ("class", "column"):
         return arrays
     x = np.array(arrays["x"])
     for experience in range(1, section.experiences):

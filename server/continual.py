@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,67 +61,102 @@ def by_experience(evaluate: Evaluate, count: int, chosen: Collection[str] | None
 
 def matrix(scores: Sequence[Mapping[str, float]], count: int) -> Matrix:
     """R from the metrics at the end of each stage so far."""
-    rows = [[found.get(name(j), math.nan) for j in range(count)] for found in scores]
+    rows = [accuracies(found, count) for found in scores]
     return np.array(rows, dtype=np.float64).reshape(-1, count)
 
 
+class Met(NamedTuple):
+    """When experiences are met.
+
+    Args:
+        first: (experiences,), the first stage that anybody is in each.
+        done: (experiences,), the first by whose end everybody has been.
+    """
+
+    first: Sequence[int]
+    done: Sequence[int]
+
+
 def measures(
-    r: Matrix, before: Sequence[float] | None = None, joint: Sequence[float] | None = None
+    r: Matrix,
+    before: Sequence[float] | None = None,
+    joint: Sequence[float] | None = None,
+    met: Met | None = None,
 ) -> dict[str, float]:
     """The usual figures of an accuracy matrix; those that it does not determine are left out.
 
-    With k the last stage: ``acc`` = mean_{j<=k} R[k,j]; ``bwt`` = mean_{j<k} (R[k,j] - R[j,j]);
-    ``forgetting`` = mean_{j<k} (max_{l<k} R[l,j] - R[k,j]); ``fwt`` = mean_{j>0} (R[j-1,j] - b_j);
-    ``intransigence`` = mean_{j<=k} (a_j - R[j,j]).
+    With k the last stage, f_j and d_j when experience j is first met, and done, all means over j:
+    ``acc`` = R[k,j], d_j <= k; ``bwt`` = R[k,j] - R[d_j,j], d_j < k; ``forgetting`` =
+    max_{l<k} R[l,j] - R[k,j], d_j < k; ``fwt`` = R[f_j-1,j] - b_j, 0 < f_j <= k;
+    ``intransigence`` = a_j - R[d_j,j], d_j <= k. In step, f_j = d_j = j.
 
     Args:
         r: (k + 1, experiences), at least one row.
         before: b, (experiences,): of the model before training.
         joint: a, (experiences,): of a model trained on all that was met, for the last figure.
+        met: f and d; ``None``: all clients are in step.
 
     Source: Lopez-Paz and Ranzato 2017, equations 2 to 4 (arXiv:1706.08840); Chaudhry et al. 2018,
     definitions 1 and 2 (arXiv:1801.10112).
     """
-    k = len(r) - 1
-    own = np.array([r[j, j] for j in range(k + 1)])
-    best = r[:k, :k].max(0) if k else np.zeros(0)
+    k, count = len(r) - 1, r.shape[1]
+    first, done = met or Met(range(count), range(count))
+    learned = [j for j in range(count) if done[j] <= k]
+    passed = [j for j in learned if done[j] < k]
+    last, own = r[k], {j: r[done[j], j] for j in learned}
     found = {
-        "acc": r[k, : k + 1],
-        "bwt": r[k, :k] - own[:k],
-        "forgetting": best - r[k, :k],
+        "acc": [last[j] for j in learned],
+        "bwt": [last[j] - own[j] for j in passed],
+        "forgetting": [r[:k, j].max() - last[j] for j in passed],
     }
     if before is not None:
-        found["fwt"] = np.array([r[j - 1, j] - before[j] for j in range(1, k + 1)])
+        found["fwt"] = [r[first[j] - 1, j] - before[j] for j in range(count) if 0 < first[j] <= k]
     if joint is not None:
-        found["intransigence"] = np.asarray(joint)[: k + 1] - own
-    known = {letter: values[~np.isnan(values)] for letter, values in found.items()}
+        found["intransigence"] = [joint[j] - own[j] for j in learned]
+    known = {letter: np.array(v)[~np.isnan(v)] for letter, v in found.items()}
     return {letter: float(values.mean()) for letter, values in known.items() if len(values)}
 
 
+def accuracies(metrics: Mapping[str, float], count: int) -> list[float]:
+    """The accuracy on each experience, out of a round's metrics; NaN where there is none."""
+    return [metrics.get(name(j), math.nan) for j in range(count)]
+
+
 def report(
-    history: Sequence[RoundRecord], count: int, per_stage: int, before: Sequence[float] | None
+    history: Sequence[RoundRecord],
+    count: int,
+    per_stage: int,
+    met: Mapping[str, Met],
+    before: Scores | None = None,
+    joint: Scores | None = None,
 ) -> dict[str, Any]:
     """The matrix and the figures of a run so far, global and of each client, as plain values.
 
     Args:
         history: its records.
         count: of experiences.
-        per_stage: rounds of each.
-        before: accuracies before training, of the global test examples.
+        per_stage: rounds of each stage.
+        met: when each client meets them; under ``""`` when all do.
+        before: of the model before training.
+        joint: of a model trained on all at once.
     """
     ends = [r for r in history if r.round % per_stage == 0]
     if not ends:
         return {"matrix": [], "per_client": {}}
+
+    def table(of: Callable[[RoundRecord | Scores], Mapping[str, float]], met: Met) -> Any:
+        r = matrix([of(record) for record in ends], count)
+        base, best = (None if s is None else accuracies(of(s), count) for s in (before, joint))
+        extra = {"before": base, "joint": best}
+        return {
+            "matrix": [_numbers(row) for row in r.tolist()],
+            **measures(r, base, best, met),
+            **{letter: _numbers(v) for letter, v in extra.items() if v is not None},
+        }
+
     clients = sorted({c for r in ends for c in r.per_client})
-    table = _plain(matrix([r.metrics for r in ends], count), before)
-    each = {
-        c: _plain(matrix([r.per_client.get(c, {}) for r in ends], count), None) for c in clients
-    }
-    return {**table, "before": _numbers(before or []), "per_client": each}
-
-
-def _plain(r: Matrix, before: Sequence[float] | None) -> dict[str, Any]:
-    return {"matrix": [_numbers(row) for row in r.tolist()], **measures(r, before)}
+    each = {c: table(lambda scores, c=c: scores.per_client.get(c, {}), met[c]) for c in clients}  # type: ignore[misc]
+    return {**table(lambda scores: scores.metrics, met[""]), "per_client": each}
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:

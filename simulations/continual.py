@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.torch
 import torch
 
-from umbel.core import registry, run_file
-from umbel.core.errors import InputError, RunError
+from umbel.core import registry
+from umbel.core.errors import InputError
 from umbel.core.payloads import (
     EvaluatePlan,
     Evaluation,
@@ -29,31 +28,25 @@ from umbel.core.payloads import (
     Updates,
 )
 from umbel.core.run_file import RunFile
-from umbel.core.trees import Model
 from umbel.datasets import experiences
-from umbel.datasets.buffer import Rows, replayed
-from umbel.datasets.federated import FederatedData, take
+from umbel.datasets.federated import FederatedData
 from umbel.server import continual
-from umbel.server.checkpoints import write_model
+from umbel.server.continual import Met
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord, RoundResult, Scores
 from umbel.server.rounds import Evaluate, Start, rounds
+from umbel.simulations.continual_asking import importance
 from umbel.simulations.continual_checks import WHERE, build_defence, check
+from umbel.simulations.continual_memory import Memory
+from umbel.simulations.continual_prototypes import Prototypes
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.prepare import Prepared
 from umbel.simulations.secure import SecureFederation
 from umbel.strategies.parts import ClientRule, Strategy
-from umbel.strategies.parts.defence import (
-    IMPORTANCE,
-    Classes,
-    Measure,
-    Turn,
-    defended,
-    measuring,
-    turned,
-)
-from umbel.tasks.evaluate import BATCH, evaluate, tensor_of
-from umbel.tasks.experiences import headed, outputs, scored
+from umbel.strategies.parts.defence import Classes, Turn, defended, turned
+from umbel.tasks.build import initial_module
+from umbel.tasks.experiences import headed, routed, scored
+from umbel.tasks.features import nearest_mean
 from umbel.tasks.task import Task
 
 MakeEngine = Callable[[RunFile, FederatedData, Task, ClientRule, Callable[[str], None]], Federation]
@@ -86,21 +79,31 @@ class Course:
         self._make: MakeEngine = registry.find("engines", engine, "--engine")
         self._announce = announce
         self._run = run
-        self._bare = prepared.task
-        self._module = prepared.module
         self.stream = experiences.stream(prepared.data, run.continual, run.run.seed)
-        self.count = run.continual.experiences
-        for stage in range(self.count):
+        self.count, self.stages = self.stream.count, self.stream.stages
+        for stage in range(self.stages):
             if not any(len(self.stream.met(p, stage)) for p in range(len(prepared.data.names))):
                 raise InputError(
                     f"no client has a training example in stage {stage + 1}",
                     where=WHERE,
                     fix="fewer experiences",
                 )
-        self.per_stage = run.run.rounds // self.count
+        self.per_stage = run.run.rounds // self.stages
+        self._plain = prepared
+        self._bare, self._module = prepared.task, prepared.module
+        if self.defence.model is not None:
+            self._bare = routed(prepared.task, self.defence.model, self.count)
+            self._module = self._initial()
+        self.memory = Memory(self.stream, self.defence, self._bare, self._initial, run.run.seed)
         self.strategy = defended(prepared.strategy, self.defence, self._classes(0))
-        self._now: Federation = self._federation(run, self._data(0, None), 0, self.strategy)
+        self.prototypes = Prototypes(run, self.memory, self._bare, self._initial)
+        self._now: Federation = self._federation(0, self.memory.data(0, None))
         self._stage = 0
+
+    @property
+    def prepared(self) -> Prepared:
+        """The run, with what the defence makes of its strategy and its model."""
+        return self._plain._replace(strategy=self.strategy, task=self._bare, module=self._module)
 
     def clients(self) -> Sequence[str]:
         """Those of the stage."""
@@ -137,16 +140,17 @@ class Course:
             folder: of the run, where the models that experiences ended with are kept.
             states: where clients keep what they keep.
         """
-        for stage in range(start.round // self.per_stage, self.count):
+        for stage in range(start.round // self.per_stage, self.stages):
             if stage and start.round == stage * self.per_stage:
                 start = self._turn(stage, start, folder)
             if stage != self._stage:
                 self._now.close()
-                data = self._data(stage, folder)
-                self._now = self._federation(self._run, data, stage, self.strategy)
+                self._now = self._federation(stage, self.memory.data(stage, folder))
                 self._stage = stage
             here = self._until((stage + 1) * self.per_stage)
             scores = self._evaluation(stage, run_id, states)
+            if self.defence.prototypes:
+                scores = self.prototypes.around(scores, stage, folder)
             for result in rounds(here, self.strategy, self._now, start, scores, run_id, states):
                 start = Start(result.record.round, result.model, result.state)
                 self._pin()
@@ -162,72 +166,56 @@ class Course:
 
     def report(self, history: Sequence[RoundRecord]) -> dict[str, Any]:
         """The accuracy matrix of the run so far, and the figures made of it."""
-        test, before = self.stream.data.test, None
-        if test is not None:
-            task = scored(self._task(0), self.count)
-            _, means = evaluate(task, self._initial(), test)
-            scores = continual.by_experience(
-                lambda number, model: Scores(means, {}), self.count, None
-            )
-            found = scores(0, Model({}, {})).metrics
-            before = [found.get(continual.name(j), float("nan")) for j in range(self.count)]
-        return continual.report(history, self.count, self.per_stage, before)
+        self.prototypes.forget()
+        before = self._evaluation(0, "", None)(0, self.prepared.model())
+        joint = None
+        if self._run.continual.reference and len(history) == self._run.run.rounds:
+            joint = self._joint()
+        begins = np.stack([self.stream.begins(p) for p in range(len(self._plain.data.names))])
+        met = {
+            name: Met(row, row)
+            for name, row in zip(self._plain.data.names, begins.tolist(), strict=True)
+        }
+        met[""] = Met(begins.min(0).tolist(), begins.max(0).tolist())
+        return continual.report(history, self.count, self.per_stage, met, before, joint)
 
-    def _turn(self, stage: int, start: Start, folder: Path) -> Start:
-        """Between two experiences: what the defence makes of the model that the last one left."""
-        found: Mapping[str, torch.Tensor] = {}
-        if self.defence.measure is not None:
-            found = self._measured(self.defence.measure, stage - 1, start)
-        if self.defence.stores_outputs:
-            path = _kept_model(folder, stage - 1)
-            path.parent.mkdir(exist_ok=True)
-            write_model(path, start.model)
-        turn = Turn(start.model.params, self._classes(stage), found)
-        return start._replace(state=turned(self.strategy, self.defence, start.state, turn))
-
-    def _measured(self, measure: Measure, stage: int, start: Start) -> Mapping[str, torch.Tensor]:
-        """What all clients find out about the model, over the examples of a stage: a round of
-        single examples, with all clients, by the plain engine."""
-        client = run_file.Client(
-            lr=1.0,
-            batch_size=1,
-            local_steps=measure.examples,
-            device=self._run.client.device,
-            precision=self._run.client.precision,
-        )
-        section = self._run.strategy.model_copy(update={"cohort": None, "over_selection": 0.0})
-        run = self._run.model_copy(
-            update={
-                "run": self._run.run.model_copy(update={"rounds": start.round + 1}),
-                "client": client,
-                "strategy": section,
-            }
-        )
-        strategy = measuring(measure)
-        data = self._data(stage, None, replay=False)
+    def _joint(self) -> Scores:
+        """The scores of a model that is trained on all experiences at once, for as many rounds."""
+        self._announce("intransigence: the same rounds with all examples at once")
+        plain, last = self._plain, self.stages - 1
+        task = self._headed(plain.task, last)
         federation = self._around(
-            sequential(run, data, self._task(stage), strategy.client), run, strategy
+            self._make(self._run, self.stream.data, task, plain.strategy.client, self._announce),
+            plain.strategy,
         )
         try:
-            results = rounds(
-                run,
-                strategy,
-                federation,
-                Start(start.round, start.model, {}),
-                lambda number, model: Scores({}, {}),
-            )
-            result = next(results)
-            results.close()  # type: ignore[attr-defined]
+            model = plain.model()
+            start = Start(0, model, plain.strategy.init(plain.strategy.travelling(model).params))
+            scores = self._scores(task, plain.strategy, plain.module, "", None)
+            quiet = self._run.evaluate.model_copy(update={"every": 0})
+            run = self._run.model_copy(update={"evaluate": quiet})
+            for result in rounds(run, plain.strategy, federation, start, scores):
+                record = result.record
         finally:
             federation.close()
-        if IMPORTANCE not in result.state:
-            raise RunError(
-                f"what mattered to experience {stage + 1} was not found: {result.record.note}",
-                where=f"round {start.round}",
-                fix="a smaller [strategy] quorum, or mend what the clients report",
+        return Scores(record.metrics, record.per_client)
+
+    def _turn(self, stage: int, start: Start, folder: Path) -> Start:
+        """Between two stages: what the defence makes of the model that the last one left."""
+        found: Mapping[str, torch.Tensor] = {}
+        if self.defence.measure is not None:
+            found = importance(
+                self._run,
+                self.defence.measure,
+                self.memory.leaving(stage - 1),
+                self._headed(self._bare, stage - 1),
+                start.round,
+                start.model,
             )
-        found: Mapping[str, torch.Tensor] = result.state[IMPORTANCE]
-        return found
+        if self.memory.keeps_models:
+            self.memory.keep(folder, stage - 1, start.model)
+        turn = Turn(start.model.params, self._classes(stage), found)
+        return start._replace(state=turned(self.strategy, self.defence, start.state, turn))
 
     def _pin(self) -> None:
         """Later stages compute as the first one did, whatever a trial would say of them."""
@@ -236,22 +224,21 @@ class Course:
             pinned = self._run.run.model_copy(update={"engine_plan": str(plan)})
             self._run = self._run.model_copy(update={"run": pinned})
 
-    def _federation(
-        self, run: RunFile, data: FederatedData, stage: int, strategy: Strategy
-    ) -> Federation:
-        engine = self._make(run, data, self._task(stage), strategy.client, self._announce)
-        return self._around(engine, run, strategy)
+    def _federation(self, stage: int, data: FederatedData) -> Federation:
+        task = self._headed(self._bare, stage)
+        made = self._make(self._run, data, task, self.strategy.client, self._announce)
+        return self._around(made, self.strategy)
 
-    def _around(self, federation: Federation, run: RunFile, strategy: Strategy) -> Federation:
-        if run.secure_aggregation.enabled:
-            return SecureFederation(federation, run, strategy)
+    def _around(self, federation: Federation, strategy: Strategy) -> Federation:
+        if self._run.secure_aggregation.enabled:
+            return SecureFederation(federation, self._run, strategy)
         return federation
 
-    def _task(self, stage: int) -> Task:
+    def _headed(self, task: Task, stage: int) -> Task:
         of_class, head = self.stream.of_class, self._run.continual.head
         if of_class is None:
-            return self._bare
-        return headed(self._bare, of_class.tolist(), head, self.stream.seen(stage).tolist())
+            return task
+        return headed(task, of_class.tolist(), head, self.stream.seen(stage).tolist())
 
     def _classes(self, stage: int) -> Classes:
         """What a defence is told when a stage begins."""
@@ -265,79 +252,34 @@ class Course:
 
     def _evaluation(self, stage: int, run_id: str, states: States | None) -> Evaluate:
         """Of all clients and all experiences, by the head that the stage has."""
-        task = scored(self._task(stage), self.count)
-        whole = sequential(self._run, self.stream.data, task, self.strategy.client)
+        bare, module = self._bare, self._module
+        if self.defence.prototypes:
+            bare = nearest_mean(bare, lambda: self.prototypes.means)
+            module = initial_module(bare, self._run.run.seed)
+        return self._scores(self._headed(bare, stage), self.strategy, module, run_id, states)
+
+    def _scores(
+        self,
+        task: Task,
+        strategy: Strategy,
+        module: torch.nn.Module,
+        run_id: str,
+        states: States | None,
+    ) -> Evaluate:
+        task = scored(task, self.count)
         shown = self._run.evaluate.model_copy(update={"metrics": None})
         scores = evaluation(
             self._run.model_copy(update={"evaluate": shown}),
-            whole,
+            sequential(self._run, self.stream.data, task, strategy.client),
             task,
-            self._module,
+            module,
             self.stream.data.test,
             "cpu",
-            self.strategy,
+            strategy,
             run_id,
             states,
         )
         return continual.by_experience(scores, self.count, self._run.evaluate.metrics)
 
-    def _data(self, stage: int, folder: Path | None, *, replay: bool = True) -> FederatedData:
-        """Who trains on what in a stage, with what was kept of earlier ones."""
-        data, buffer = self.stream.data, self.defence.buffer
-        places = range(len(data.names))
-        new: list[Rows] = [self.stream.met(place, stage) for place in places]
-        if buffer is None or not replay:
-            return experiences.of_stage(self.stream, new)
-        example = sum(column[:1].nbytes for column in data.train.values())
-        seed = self._run.run.seed
-        old = [
-            buffer.kept(
-                [self.stream.met(place, s) for s in range(stage)],
-                data.train["y"],
-                example,
-                seed,
-                data.names[place],
-            )
-            for place in places
-        ]
-        old = [o if len(n) else o[:0] for n, o in zip(new, old, strict=True)]
-        columns: dict[str, npt.NDArray[Any]] = {}
-        if self.defence.tells_old:
-            columns = self._told(old, folder)
-        parts = [replayed(n, o, repeat=buffer.repeat) for n, o in zip(new, old, strict=True)]
-        return experiences.of_stage(self.stream, parts, columns)
-
-    def _told(self, old: Sequence[Rows], folder: Path | None) -> dict[str, npt.NDArray[Any]]:
-        """The column ``old`` of all training rows; and ``z``, where outputs are stored."""
-        data = self.stream.data
-        n, classes = len(self.stream.of_row), data.info.classes or 0
-        kept = np.zeros(n, dtype=np.bool_)
-        kept[np.concatenate(old)] = True
-        if not self.defence.stores_outputs:
-            return {"old": kept}
-        z = np.zeros((n, classes), dtype=np.float32)
-        when = np.argsort(self.stream.order, axis=1)  # (clients, experiences) -> stage
-        for stage in range(self.count):
-            met = [o[when[place, self.stream.of_row[o]] == stage] for place, o in enumerate(old)]
-            rows = np.concatenate([np.zeros(0, np.int32), *met])
-            if not len(rows) or folder is None:
-                continue
-            module = self._initial()
-            module.load_state_dict(
-                safetensors.torch.load_file(_kept_model(folder, stage)), strict=False
-            )
-            module.eval()
-            for start in range(0, len(rows), BATCH):
-                part = rows[start : start + BATCH]
-                batch = {c: tensor_of(v) for c, v in take(data.train, part).items()}
-                z[part] = outputs(self._bare, module, batch).numpy()
-        return {"old": kept, "z": z}
-
     def _initial(self) -> torch.nn.Module:
-        from umbel.tasks.build import initial_module
-
         return initial_module(self._bare, self._run.run.seed)
-
-
-def _kept_model(folder: Path, stage: int) -> Path:
-    return folder / "continual" / f"{stage + 1:03d}.safetensors"

@@ -40,10 +40,12 @@ def check(prepared: Prepared, defence: Defence) -> None:
     run, rule = prepared.run, prepared.strategy.client
     section, classes = run.continual, prepared.data.info.classes
     named = section.defence if isinstance(section.defence, str) else section.defence.name
+    stages = section.experiences + (section.lag if section.order == "staggered" else 0)
+    known = section.head == "multi" or section.by != "class"
     found, fix = "", ""
-    if run.run.rounds % section.experiences:
-        found = f"rounds = {run.run.rounds} do not divide evenly by {section.experiences}"
-        fix = f"set rounds = {section.experiences * max(1, run.run.rounds // section.experiences)}"
+    if run.run.rounds % stages:
+        found = f"rounds = {run.run.rounds} do not divide evenly by {stages}"
+        fix = f"set rounds = {stages * max(1, run.run.rounds // stages)}"
     elif run.privacy.unit != "none":
         found, fix = "the privacy of examples that come in stages is not accounted", "unit = 'none'"
     elif run.attack.kind != "none":
@@ -66,5 +68,11 @@ def check(prepared: Prepared, defence: Defence) -> None:
     elif defence.replaces and rule.objective is not None:
         found = f"'{named}' and strategy '{run.strategy.name}' both replace the objective"
         fix = "another strategy, or replay"
+    elif defence.model is not None and not (known and section.order == "in-step"):
+        found = f"'{named}' needs to know which experience is under way, and an example is of"
+        fix = "head = 'multi' and order = 'in-step'"
+    elif defence.model is not None and (run.task.adapter or prepared.model().buffers):
+        found = f"'{named}' does not go with [task.adapter], nor with running statistics"
+        fix = "a model without BatchNorm, trained itself"
     if found:
         raise InputError(found, where=WHERE, fix=fix)

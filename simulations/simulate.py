@@ -131,7 +131,7 @@ def simulate(
     course: Course | None = None
     if run.continual.experiences > 1:
         course = Course(prepared, engine, announce)
-        prepared = prepared._replace(strategy=course.strategy)
+        prepared = course.prepared
         federation: Federation = course
     else:
         federation = make_engine(run, siege.data, prepared.task, prepared.strategy.client, announce)

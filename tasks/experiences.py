@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from umbel.core.errors import InputError
 from umbel.tasks.task import Batch, Forward, Task
@@ -48,6 +49,20 @@ def headed(task: Task, of_class: Sequence[int], head: str, seen: Sequence[bool])
     return task._replace(
         losses=lambda forward, batch: task.losses(among(forward, batch), batch),
         metrics=lambda forward, batch: task.metrics(among(forward, batch), batch),
+    )
+
+
+def routed(task: Task, parted: Callable[[nn.Module, int], nn.Module], count: int) -> Task:
+    """The task with a model that has parts for ``count`` experiences, and is told which each
+    example is of: the column ``experience`` of a batch."""
+
+    def told(forward: Forward, batch: Batch) -> Forward:
+        return partial(forward, experience=batch["experience"])
+
+    return task._replace(
+        build=lambda: parted(task.build(), count),
+        losses=lambda forward, batch: task.losses(told(forward, batch), batch),
+        metrics=lambda forward, batch: task.metrics(told(forward, batch), batch),
     )
 
 

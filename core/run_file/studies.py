@@ -25,24 +25,35 @@ class Continual(Settings):
     experiences: Count = 1
     """How many; ``[run] rounds`` is divided evenly among them. 1: all examples are there at once.
     """
-    by: Literal["class", "permutation", "rotation"] = "class"
+    by: Literal["class", "permutation", "rotation", "column"] = "class"
     """What sets experiences apart: groups of classes in order; or, for the same classes (domains),
     a permutation of the inputs or a rotation of pictures, each of which a share of the examples
-    has."""
-    order: Literal["in-step", "shuffled"] = "in-step"
+    has; or the values of a column of the data, such as a year or a hospital, in order."""
+    column: str | None = None
+    """``by = "column"``: its name; whole numbers, one an example."""
+    order: Literal["in-step", "shuffled", "staggered"] = "in-step"
     """``in-step``: all clients meet the same experience at the same time; ``shuffled``: each in an
-    order of its own."""
+    order of its own; ``staggered``: all in the same order, some later than others."""
+    lag: Count = 1
+    """``staggered``: how many experiences the last client is behind the first. The run has so many
+    stages more than experiences, and ``[run] rounds`` is divided among stages."""
     head: Literal["single", "multi", "growing"] = "single"
     """Which classes an example may be given: all; those of its experience, which is then known in
     evaluation, too; those that were met so far."""
     defence: Part | str = "naive"
     """What is done against forgetting: a name, or a table of a name and the defence's own keys."""
+    reference: bool = False
+    """Whether the same rounds are made once more with all examples at once, for intransigence."""
 
     @pydantic.model_validator(mode="after")
     def _with_experiences(self) -> Continual:
         defaults = {name: field.default for name, field in Continual.model_fields.items()}
         if self.experiences == 1 and any(getattr(self, n) != d for n, d in defaults.items()):
             raise ValueError("keys for a single experience; set experiences = 5, or remove them")
+        if (self.by == "column") != (self.column is not None):
+            raise ValueError("by = 'column' and column = … go together; set both, or neither")
+        if self.lag != 1 and self.order != "staggered":
+            raise ValueError("lag is of order = 'staggered'; set that, or remove lag")
         if self.by != "class" and self.head != "single":
             raise ValueError(
                 f"by = '{self.by}' has the same classes in all experiences; set head = 'single'"

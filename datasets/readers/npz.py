@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ NAMES = ("x", "y", "client", "x_test", "y_test", "client_test")
 
 
 def npz(
-    *, path: str | None = None, classes: Count | None = None, vocabulary: Count | None = None
+    *,
+    path: str | None = None,
+    classes: Count | None = None,
+    vocabulary: Count | None = None,
+    columns: Sequence[str] = (),
 ) -> Dataset:
     """Your own arrays: x, y and optionally client, x_test, y_test, client_test in one .npz file.
 
@@ -31,15 +36,17 @@ def npz(
         path: the file, or the folder that holds it alone.
         classes: how many, where the file need not show them all; ``None``: the largest label + 1.
         vocabulary: ``x`` holds symbols 0 … vocabulary - 1, not measurements.
+        columns: names of further arrays (rows,) of whole numbers, such as a year, that experiences
+            may go by; with a test part also each name + ``_test``.
 
     Raises:
         InputError: the file is missing, damaged, or not in this format.
     """
     file = one_file(path, ".npz", FORMAT)
-    arrays = _arrays(file)
+    arrays = _arrays(file, columns)
     parts = ("", "_test") if "x_test" in arrays else ("",)
     for part in parts:
-        _check(file, arrays, part)
+        _check(file, arrays, part, columns)
     y = np.concatenate([arrays[f"y{part}"] for part in parts])
     real = np.issubdtype(y.dtype, np.floating)
     if real and classes is not None:
@@ -58,16 +65,17 @@ def npz(
         message = f"x_test has examples of shape {arrays['x_test'].shape[1:]}, x of {shape}"
         raise damaged(file, message, FORMAT)
     targets = arrays["y"].shape[1] if arrays["y"].ndim == 2 else 1
+    train, *test = ({n: arrays[f"{n}{p}"] for n in ("x", "y", *columns)} for p in parts)
     return Dataset(
         Info(file.stem, shape, classes, targets, vocabulary),
-        {"x": arrays["x"], "y": arrays["y"]},
-        {"x": arrays["x_test"], "y": arrays["y_test"]} if "x_test" in arrays else None,
+        train,
+        test[0] if test else None,
         arrays["client"].astype(str) if "client" in arrays else None,
         arrays["client_test"].astype(str) if "client_test" in arrays else None,
     )
 
 
-def _arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
+def _arrays(file: Path, columns: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     with opening(file, FORMAT):
         try:
             if not zipfile.is_zipfile(file):
@@ -77,11 +85,11 @@ def _arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
         except ValueError as error:  # a pickled object, or an array that is shorter than it says
             raise damaged(file, str(error), FORMAT) from None
     for name in arrays:
-        if name not in NAMES:
+        if name not in NAMES and name.removesuffix("_test") not in columns:
             raise damaged(file, f"unknown array '{name}'", FORMAT)
-    needed = ["x", "y"]
+    needed = ["x", "y", *columns]
     if {"x_test", "y_test", "client_test"} & set(arrays):
-        needed += ["x_test", "y_test"]
+        needed += [f"{name}_test" for name in needed]
     for name in needed:
         if name not in arrays:
             raise damaged(file, f"array '{name}' is missing", FORMAT)
@@ -90,9 +98,15 @@ def _arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
-def _check(file: Path, arrays: dict[str, npt.NDArray[Any]], part: str) -> None:
+def _check(
+    file: Path, arrays: dict[str, npt.NDArray[Any]], part: str, columns: Sequence[str]
+) -> None:
     """Lengths, dimensions and kinds of the arrays of one part."""
     rows = arrays[f"x{part}"].shape[:1]
+    for name in (f"{n}{part}" for n in columns):
+        if arrays[name].dtype.kind not in "iu" or arrays[name].shape != rows:
+            message = f"'{name}' holds {arrays[name].dtype} of shape {arrays[name].shape}"
+            raise damaged(file, f"{message}, expected {rows} whole numbers", FORMAT)
     for name in (f"x{part}", f"y{part}", f"client{part}"):
         if name in arrays and (arrays[name].shape[:1] != rows or not rows or not rows[0]):
             message = f"'{name}' has shape {arrays[name].shape}, x{part} has {rows} rows"

@@ -39,23 +39,34 @@ class Row(NamedTuple):
     split: str
     least: float | None = None
     most: float | None = None
+    strategy: dict[str, Any] | None = None
 
 
 EWC = {"name": "ewc", "strength": 10000.0}
 REPLAY = {"name": "replay", "per_class": 40}
+HERD = {**REPLAY, "choice": "herding"}
+NCM = {"name": "ncm", "per_class": 40}
 DER = {"name": "der", "per_class": 40}
+FEDCURV = {"name": "fedcurv", "strength": 1.0, "weights": "uniform"}
 ROWS = (
     Row("naive, class-incremental", "naive", "single", "iid", most=0.21),
     Row("naive, task-incremental", "naive", "multi", "iid"),
     Row("EWC, task-incremental", EWC, "multi", "iid", least=0.96),
     Row("EWC, class-incremental", EWC, "single", "iid"),
     Row("MAS, task-incremental", "mas", "multi", "iid"),
+    Row("SI, task-incremental", "si", "multi", "iid"),
+    Row("adapters, task-incremental", {"name": "adapters", "rank": 8}, "multi", "iid"),
+    Row("columns, task-incremental", "columns", "multi", "iid"),
     Row("LwF, task-incremental", "lwf", "multi", "iid"),
     Row("LwF, class-incremental", "lwf", "single", "iid"),
     Row("replay, class-incremental", REPLAY, "single", "iid", least=0.88),
     Row("replay, class-incremental", REPLAY, "single", "dirichlet 0.5", least=0.86),
+    Row("replay, herding, class-incremental", HERD, "single", "iid", least=0.88),
+    Row("NCM, class-incremental", NCM, "single", "iid"),
     Row("DER++, class-incremental", DER, "single", "iid", least=0.88),
     Row("DER++, class-incremental", DER, "single", "dirichlet 0.5", least=0.86),
+    Row("FedCurv, class-incremental", "naive", "single", "iid", strategy=FEDCURV),
+    Row("FedCurv, task-incremental", "naive", "multi", "iid", strategy=FEDCURV),
 )
 
 
@@ -74,6 +85,7 @@ def run(row: Row, data: Path, store: str, rounds: int, seed: int) -> dict[str, A
         "task": {"kind": "classification", "model": {"name": "mlp", "hidden": [400, 400]}},
         "client": {"optimizer": "adam", "lr": 1e-3, "batch_size": 64, "device": "cpu"},
         "continual": {"experiences": 5, "head": row.head, "defence": row.defence},
+        "strategy": row.strategy or {"name": "fedavg"},
         "evaluate": {"every": rounds, "per_client": False},
     }
     found = simulate(resolve(table)).continual

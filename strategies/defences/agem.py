@@ -22,7 +22,7 @@ def agem(
     per_class: Natural | None = None,
     examples: Natural | None = None,
     bytes: Count | None = None,
-    choice: Literal["balanced", "reservoir"] = "balanced",
+    choice: Literal["balanced", "reservoir", "herding"] = "balanced",
     repeat: bool = True,
 ) -> Defence:
     """A-GEM. Chaudhry et al. 2019, equation 11 (arXiv:1812.00420); without a violation, plain SGD.

@@ -21,7 +21,7 @@ def der(
     per_class: Natural | None = None,
     examples: Natural | None = None,
     bytes: Count | None = None,
-    choice: Literal["balanced", "reservoir"] = "balanced",
+    choice: Literal["balanced", "reservoir", "herding"] = "balanced",
     repeat: bool = True,
 ) -> Defence:
     """DER++. Buzzega et al. 2020, equation 6 (arXiv:2004.07211); beta = 0 is DER.

@@ -14,7 +14,7 @@ def replay(
     per_class: Natural | None = None,
     examples: Natural | None = None,
     bytes: Count | None = None,
-    choice: Literal["balanced", "reservoir"] = "balanced",
+    choice: Literal["balanced", "reservoir", "herding"] = "balanced",
     repeat: bool = True,
 ) -> Defence:
     """Experience replay. Chaudhry et al. 2019, Algorithm 1 (arXiv:1902.10486).
@@ -26,7 +26,9 @@ def replay(
         per_class: the most kept of one class; ``None``: 40 where nothing else is set.
         examples: the most kept in all.
         bytes: the same, as the memory that they take.
-        choice: ``balanced``: as many of each class; ``reservoir``: of all met, without a look at
+        choice: ``balanced``: as many of each class; ``herding``: of each class those whose mean,
+            in features of the last model of their experience, is nearest the class's (Rebuffi et
+            al. 2017, Algorithm 4, arXiv:1611.07725); ``reservoir``: of all met, without a look at
             the class.
         repeat: whether they are repeated until half of an epoch is old.
     """

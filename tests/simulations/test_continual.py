@@ -20,9 +20,9 @@ from umbel.core.trees import Model
 from umbel.datasets.federated import take
 from umbel.server.continual import name
 from umbel.server.records import RoundRecord
-from umbel.server.rounds import Start
 from umbel.server.serve import serve
 from umbel.simulations.continual import Course
+from umbel.simulations.continual_asking import importance
 from umbel.simulations.prepare import prepare
 from umbel.simulations.simulate import Outcome, simulate
 from umbel.strategies.defences import agem
@@ -126,7 +126,7 @@ def test_replay_without_a_bound_is_joint_training(tmp_path: Path) -> None:
     prepared = prepare(table(tmp_path, {"name": "replay", "examples": 10**6, "repeat": False}))
     course = Course(prepared, "sequential", print)
     for stage in range(3):
-        data = course._data(stage, tmp_path)
+        data = course.memory.data(stage, tmp_path)
         for place in range(3):
             held = prepared.data.train_holdings.of_client(place)
             seen = held[course.stream.of_row[held] <= stage]
@@ -181,8 +181,8 @@ def measured(tmp_path: Path, measure: Measure) -> tuple[Model, dict[str, Tensor]
     prepared = prepare(run)
     course = Course(prepared, "sequential", print)
     model = prepared.model()
-    found = course._measured(measure, 0, Start(2, model, {}))
-    return model, dict(found), course
+    data, task = course.memory.leaving(0), course._headed(course._bare, 0)
+    return model, dict(importance(run, measure, data, task, 2, model)), course
 
 
 def logits(model: Model, x: Tensor) -> Tensor:
