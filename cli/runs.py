@@ -79,11 +79,11 @@ def show(run: RunArgument, store: StoreOption = "runs", format: FormatOption = F
     if spent:
         rows = [(k.replace("_", " "), _toml(v)) for k, v in spent.items() if v not in (None, [])]
         output.table(["privacy", ""], rows, left=2)
-    rows = [(k, v) for k, v in flat(entry.configuration).items() if v is not None]
+    rows = [(k, v) for k, v in summary.flat(entry.configuration).items() if v is not None]
     output.table(["configuration", ""], [(k, _toml(v)) for k, v in rows], left=2)
     output.table(["version", ""], list(entry.versions.items()), left=2)
     if plan := entry.engine_plan:
-        output.table(["engine plan", ""], list(flat(plan).items()), left=2)
+        output.table(["engine plan", ""], list(summary.flat(plan).items()), left=2)
     if model.is_file():
         print(f"model: {model}")
     elif entry.status != "running" and entry.rounds_done < entry.rounds_planned:
@@ -110,7 +110,7 @@ def compare(
         run_id: {name: summary.best(history, name) for name in summary.metrics(history)}
         for run_id, history in histories.items()
     }
-    differences = difference({e.run_id: e.configuration for e in entries})
+    differences = summary.difference({e.run_id: e.configuration for e in entries})
     if format is Format.json:
         rows = [
             {
@@ -230,31 +230,6 @@ def _show_history(history: Sequence[Mapping[str, Any]]) -> None:
         output.table(["round", *names, "clients", "failed", "time"], rows, left=0)
         if step > 1:
             print(f"every {step}th of {len(history)} rounds; --format json has them all\n")
-
-
-def difference(
-    configurations: Mapping[str, Mapping[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """The keys whose values are not all the same: key -> run id -> value."""
-    tables = {run_id: flat(configuration) for run_id, configuration in configurations.items()}
-    keys = dict.fromkeys(key for table in tables.values() for key in table)
-    found = {}
-    for key in keys:
-        values = {run_id: table.get(key) for run_id, table in tables.items()}
-        if key != "run.store" and len({repr(v) for v in values.values()}) > 1:
-            found[key] = values
-    return found
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested table as ``section.key`` -> value."""
-    rows: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            rows.update(flat(value, f"{prefix}{key}."))
-        else:
-            rows[f"{prefix}{key}"] = value
-    return rows
 
 
 def _toml(value: Any) -> str | None:

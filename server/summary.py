@@ -54,3 +54,28 @@ def last(history: History) -> Mapping[str, Any]:
 def failures(history: History) -> Counter[str]:
     """How often each reason made a client fail, over all rounds."""
     return Counter(f["reason"] for record in history for f in record["failures"])
+
+
+def difference(
+    configurations: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """The keys whose values are not all the same: key -> run id -> value."""
+    tables = {run_id: flat(configuration) for run_id, configuration in configurations.items()}
+    keys = dict.fromkeys(key for table in tables.values() for key in table)
+    found = {}
+    for key in keys:
+        values = {run_id: table.get(key) for run_id, table in tables.items()}
+        if key != "run.store" and len({repr(v) for v in values.values()}) > 1:
+            found[key] = values
+    return found
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table as ``section.key`` -> value."""
+    rows: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            rows.update(flat(value, f"{prefix}{key}."))
+        else:
+            rows[f"{prefix}{key}"] = value
+    return rows
