@@ -18,12 +18,12 @@ from umbel.core import signing
 from umbel.core.errors import InputError
 from umbel.core.run_file import SecureAggregation
 from umbel.privacy.secure_aggregation.client import Client
-from umbel.privacy.secure_aggregation.freezing import freeze, thaw
+from umbel.privacy.secure_aggregation.freezing import freeze, freeze_setup, thaw, thaw_setup
 from umbel.privacy.secure_aggregation.identities import Directory, Identity, simulated
 from umbel.privacy.secure_aggregation.keystream import Words
-from umbel.privacy.secure_aggregation.messages import Invitation, decode, encode
-from umbel.privacy.secure_aggregation.refusals import Refused
-from umbel.privacy.secure_aggregation.terms import TERMS_BYTES, Policy, Terms
+from umbel.privacy.secure_aggregation.messages import Again, Invitation, decode, encode
+from umbel.privacy.secure_aggregation.refusals import Reason, Refused
+from umbel.privacy.secure_aggregation.terms import MAX_MEMBERS, TERMS_BYTES, Policy, Terms
 
 
 class Seat(NamedTuple):
@@ -41,6 +41,20 @@ class Seat(NamedTuple):
     min_cohort: int
 
 
+class Demands(NamedTuple):
+    """What a run demands of its rounds; the site may demand more, never less.
+
+    Args:
+        section: of the run file.
+        modular: whether the vector's numbers fill the ring, as distributed noise has it.
+        max_cohort: clients in a round, at the most.
+    """
+
+    section: SecureAggregation
+    modular: bool = False
+    max_cohort: int = MAX_MEMBERS
+
+
 class Round(NamedTuple):
     """What the server announces beside the protocol's own messages.
 
@@ -55,10 +69,11 @@ class Round(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What a step came to: the answer, and what to keep until the next one."""
+    """What a step came to: the answer, what to keep until the next one, and for later rounds."""
 
     answer: bytes
     kept: bytes | None
+    setup: bytes | None = None
 
 
 def seat_at(
@@ -102,8 +117,9 @@ def step(
     data: bytes,
     seat: Seat,
     announced: Round,
-    section: SecureAggregation,
+    demands: Demands,
     payload: Callable[[Terms], Words],
+    setup: bytes | None = None,
 ) -> Answered:
     """One message in, one out.
 
@@ -112,40 +128,53 @@ def step(
         data: the server's message.
         seat: the member's.
         announced: the round that the site's own manifest is about.
-        section: what the run demands; the site may demand more, never less.
+        demands: what the run demands.
         payload: gives the member's vector; it refuses terms that do not fit it.
+        setup: of an earlier round, for one that begins; a refusal lets go of it.
     """
-    terms = _terms(kept, data, seat, announced)
-    policy = Policy(max(section.min_cohort, seat.min_cohort), section.corrupt_fraction)
+    terms = _terms(kept, data, seat, announced, demands.modular)
+    section = demands.section
+    least = max(section.min_cohort, seat.min_cohort)
+    policy = Policy(least, section.corrupt_fraction, max_cohort=demands.max_cohort)
     client = Client(
-        seat.member, seat.identity, seat.directory, terms, policy, lambda: payload(terms)
+        seat.member,
+        seat.identity,
+        seat.directory,
+        terms,
+        policy,
+        lambda: payload(terms),
+        section.keep_setup,
+        None if setup is None else thaw_setup(setup),
     )
     if kept is not None:
         thaw(_split(kept)[1], client)
     answer = encode(client.step(data), terms.digest)
-    return Answered(answer, None if client.finished else terms.encode() + freeze(client))
+    keeps = client.setup is not None and client.state.over in (None, Reason.ALREADY_UNMASKED)
+    lasting = freeze_setup(client.setup) if keeps and client.setup is not None else None
+    return Answered(answer, None if client.finished else terms.encode() + freeze(client), lasting)
 
 
 def _split(kept: bytes) -> tuple[Terms, bytes]:
     return Terms.decode(kept[:TERMS_BYTES]), kept[TERMS_BYTES:]
 
 
-def _terms(kept: bytes | None, data: bytes, seat: Seat, announced: Round) -> Terms:
+def _terms(kept: bytes | None, data: bytes, seat: Seat, announced: Round, modular: bool) -> Terms:
     """The terms that the member holds the server to.
 
     Size and bits are the server's until the payload is made, which refuses others; all else is the
     member's own.
     """
-    size, ring_bits, value_bits = 1, 32, 1
+    size, ring_bits, value_bits = 1, 32, 32 if modular else 1
     if kept is not None:
         own = _split(kept)[0]
         size, ring_bits, value_bits = own.size, own.ring_bits, own.value_bits
     else:
         try:
             message = decode(data, bytes(32))
-            if isinstance(message, Invitation):
+            if isinstance(message, Invitation | Again):
                 theirs = Terms.decode(message.terms)
-                size, ring_bits, value_bits = theirs.size, theirs.ring_bits, theirs.value_bits
+                if theirs.modular == modular:
+                    size, ring_bits, value_bits = theirs.size, theirs.ring_bits, theirs.value_bits
         except (Refused, InputError):
             pass  # the client's own step says what is wrong
     return Terms(
@@ -156,4 +185,5 @@ def _terms(kept: bytes | None, data: bytes, seat: Seat, announced: Round) -> Ter
         size,
         ring_bits,
         value_bits,
+        modular,
     )

@@ -72,16 +72,19 @@ def account(site: str, config: Mapping[str, Any]) -> Account:
 
 
 def needed(run: RunFile) -> bool:
-    """Whether a site itself pays for taking part: it adds the noise."""
-    return run.privacy.unit == "example" or (
-        run.privacy.unit == "client" and run.privacy.place == "client"
+    """Whether a site itself pays for taking part: it adds the noise, or a share of it."""
+    section = run.privacy
+    return section.unit == "example" or (
+        section.unit == "client" and (section.place == "client" or section.distributed)
     )
 
 
 def debit(mine: Account, run: RunFile, job: str, round_number: int, n: int) -> Spent:
     """Writes down a round of training, durably, before it begins.
 
-    Each call is another release, a repeated round too: its noise is drawn anew.
+    Each call is another release, a repeated round too: its noise is drawn anew. A run that declares
+    an epsilon is held to it, by the site's own count of its own examples and at the site's delta,
+    whatever noise its server says that needs.
 
     Args:
         mine: the site's account.
@@ -91,7 +94,7 @@ def debit(mine: Account, run: RunFile, job: str, round_number: int, n: int) -> S
         n: how many examples the site trains on.
 
     Raises:
-        RefusedError: it would pass the site's budget. Nothing is spent.
+        RefusedError: it would pass the site's budget, or what the run declares. Nothing is spent.
         InputError: the run states no noise, or another relation than the ledger's.
         RunError: the ledger cannot be written: nothing may be released.
     """
@@ -124,7 +127,8 @@ def debit(mine: Account, run: RunFile, job: str, round_number: int, n: int) -> S
             generator="os",
             attempt=secrets.token_hex(8),
             versions={name: str(made_with.get(name)) for name in ("umbel", "torch")},
-        )
+        ),
+        run_budget=section.epsilon,
     )
 
 

@@ -29,6 +29,7 @@ def noise_multiplier(
     relation: Relation = "add-or-remove-one",
     spent: History | None = None,
     accountant: Accountant = "pld",
+    mechanism: Callable[[float], Mechanism] | None = None,
 ) -> float:
     """The least noise multiplier with which ``steps`` releases cost at most ``target``.
 
@@ -43,6 +44,7 @@ def noise_multiplier(
         sampling: how units come to take part in each.
         relation: the neighbouring relation.
         spent: what was released before, if the budget also covers that.
+        mechanism: makes another release of a multiplier; ``None``: a Gaussian one.
         accountant: ``rdp`` is faster by a hundred times, and asks for about 5% more noise.
 
     Raises:
@@ -54,9 +56,10 @@ def noise_multiplier(
         raise _wrong(f"{steps} steps are planned", "plan at least one")
     check_delta(delta)
     before = spent or {}
+    release = mechanism or (lambda z: Gaussian(z, sampling, relation))
 
     def cost(z: float, accountant: Accountant) -> float:
-        planned = (Gaussian(z, sampling, relation), steps)
+        planned = (release(z), steps)
         return epsilon(compose(before, planned), delta, accountant).epsilon
 
     already = epsilon(before, delta, accountant).epsilon
@@ -80,7 +83,7 @@ def noise_multiplier(
     near = 0.8
 
     def coarse(z: float) -> float:
-        planned = (Gaussian(z, sampling, relation), steps)
+        planned = (release(z), steps)
         return pld_epsilon(compose(before, planned), delta, coarse=True)
 
     if start < MOST_NOISE and coarse(start) <= target:

@@ -12,7 +12,7 @@ noise, whose sums are Skellam again: Agarwal, Kairouz and Liu 2021, Algorithm 1 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, TypeAlias
 
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from umbel.core.errors import InputError
 from umbel.privacy.clipping import check_clip_norm
 from umbel.privacy.discrete import discrete_gaussian
-from umbel.privacy.mechanisms import Concentrated, SkellamSum
+from umbel.privacy.mechanisms import Concentrated, Relation, SkellamSum, factor
 from umbel.privacy.skellam import skellam
 from umbel.privacy.streams import Stream
 
@@ -70,6 +70,17 @@ class Grid:
         c, d = self.clip_norm / self.step, self.padded
         likely = c * c + d / 4 + math.sqrt(2 * _LOG_ONE_OVER_BETA) * (c + math.sqrt(d) / 2)
         return math.sqrt(min(likely, (c + math.sqrt(d)) ** 2))
+
+    @property
+    def rho(self) -> float:
+        """Of a sum with ``survivors`` shares of noise: its Renyi divergence of order alpha is at
+        most alpha times this, at all orders for Gaussian noise, at whole ones for Skellam."""
+        found = self.mechanism()
+        if isinstance(found, Concentrated):
+            return found.rho
+        l2, l1, mu = found.l2, found.l1, found.variance
+        # Of divergence(alpha) / alpha the excess in L2 grows to, that in L1 falls from alpha = 2.
+        return l2**2 / (2 * mu) + l2**2 / (2 * mu**2) + 3 * l1 / (4 * mu**2) if mu else math.inf
 
     def mechanism(self) -> Concentrated | SkellamSum:
         """What one sum releases if ``survivors`` or more shares of noise are in it.
@@ -153,6 +164,80 @@ def plan(
     # Rounded up: never less noise than asked for.
     variance = Fraction(math.nextafter(share / step**2, math.inf)) if share else Fraction(0)
     return Grid(length, padded, clip_norm, step, variance, fewest, bits, noise)
+
+
+# A share of noise with a variance up to this is finer than anybody needs, and quickly drawn.
+_FINE = 2.0**24
+
+
+def sized(
+    *,
+    length: int,
+    clip_norm: float,
+    noise_multiplier: float,
+    bits: int,
+    clients: int,
+    survivors: int,
+    noise: Noise,
+) -> Grid:
+    """A grid on which a sum costs no more than one with Gaussian noise of ``noise_multiplier``.
+
+    What rounding and whole numbers cost is paid for with more noise, not with more epsilon: the
+    guarantee, :func:`as_private_as`, is known before the model is. The price is little: at 100
+    clients, 2^17 numbers and 16 bits the noise is wider by 0.02 %.
+
+    Args:
+        length, clip_norm, clients, noise: as for :func:`plan`.
+        noise_multiplier: z; 0 is no privacy at all.
+        bits: of the modulus; the step may be coarser than they allow, for what is drawn from.
+        survivors: the fewest shares of noise that are in a sum and not known to the adversary.
+
+    Raises:
+        InputError: as :func:`plan`, or no noise makes up for so few bits.
+    """
+
+    def at(multiplier: float, bits: int) -> Grid:
+        return plan(
+            length=length,
+            clip_norm=clip_norm,
+            noise_multiplier=multiplier,
+            bits=bits,
+            clients=clients,
+            survivors=survivors,
+            noise=noise,
+        )
+
+    z = noise_multiplier
+    first = at(z, bits)
+    finer = float(first.noise_variance) / _FINE
+    coarse = bits if finer <= 1 else bits - math.ceil(math.log2(finer) / 2)
+    if z == 0:
+        return first
+    wider = 1.0
+    for _ in range(30):
+        grid = at(z * wider, coarse)
+        if (found := grid.rho * 2 * z * z) <= 1:
+            return replace(grid, bits=bits)
+        wider *= math.sqrt(found) * (1 + 1e-9)
+    raise InputError(
+        f"{bits} bits are too few for {clients} clients and a noise multiplier of {z:g}",
+        where="distributed noise",
+        fix="use more bits, or fewer clients",
+    )
+
+
+def as_private_as(
+    noise_multiplier: float, noise: Noise, survivors: int, relation: Relation
+) -> Concentrated | SkellamSum:
+    """What one sum on a :func:`sized` grid releases, whatever its length: an upper bound."""
+    z = noise_multiplier / factor(relation)
+    if noise == "skellam":
+        # So many integer steps that what sets it apart from Gaussian noise vanishes; where the
+        # real ones are fewer, the noise is wider instead.
+        mu, l2 = 2.0**60, 2.0**30
+        return SkellamSum(mu, l2 / z, l2 / z) if z else SkellamSum(0.0, 1.0, 1.0)
+    rho = 1 / (2 * z * z) if z else math.inf
+    return Concentrated(rho, f"sum with discrete Gaussian noise of {survivors} or more")
 
 
 def signs(grid: Grid, public: Stream) -> F64:

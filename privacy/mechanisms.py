@@ -202,6 +202,11 @@ class Concentrated:
                 f"rho = {self.rho} is not positive", where=self.name, fix="give the zCDP parameter"
             )
 
+    @property
+    def sampling(self) -> Sampling:
+        """Everybody takes part."""
+        return EVERYONE
+
     def event(self) -> dp_accounting.DpEvent:
         """The event of one release."""
         import dp_accounting
@@ -241,6 +246,11 @@ class SkellamSum:
                 where="Skellam mechanism",
                 fix="give numbers of at least 0; an L1 norm is never below the L2 norm",
             )
+
+    @property
+    def sampling(self) -> Sampling:
+        """Everybody takes part."""
+        return EVERYONE
 
     def divergence(self, order: float) -> float:
         """The Renyi divergence of ``order`` > 1, at most: it grows with the order, so that one

@@ -6,13 +6,23 @@ done.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from umbel.core.errors import InputError
 from umbel.core.run_file import Privacy, RunFile
 from umbel.privacy.correlated_noise import Correlated
+from umbel.privacy.distributed import Noise, as_private_as
 from umbel.privacy.matrix_factorisation import Participation
-from umbel.privacy.mechanisms import EVERYONE, Factorised, Gaussian, Sampling, batches
+from umbel.privacy.mechanisms import (
+    EVERYONE,
+    Concentrated,
+    Factorised,
+    Gaussian,
+    Sampling,
+    SkellamSum,
+    batches,
+)
 
 
 class Plan(NamedTuple):
@@ -44,7 +54,7 @@ class Release(NamedTuple):
         steps: how many.
     """
 
-    mechanism: Gaussian | Factorised
+    mechanism: Gaussian | Factorised | Concentrated | SkellamSum
     steps: int
 
 
@@ -62,6 +72,9 @@ def release(run: RunFile, noise_multiplier: float, n: int, cohort_rate: float) -
     relation = section.neighbouring
     if section.correlated:
         return Release(correlated(run, noise_multiplier).mechanism(relation), 1)
+    if section.distributed:
+        noise = noise_of(section)
+        return Release(as_private_as(noise_multiplier, noise, shares(run), relation), 1)
     if section.unit == "client":
         return Release(Gaussian(noise_multiplier, _cohort(section, cohort_rate), relation), 1)
     parts, steps = plan(run, n)
@@ -74,6 +87,36 @@ def _cohort(section: Privacy, rate: float) -> Sampling:
     if section.adversary == "server":
         return EVERYONE
     return Sampling("poisson", rate, section.adversary_because)
+
+
+def noise_of(section: Privacy) -> Noise:
+    """Whose shares clients add."""
+    return "skellam" if section.mechanism == "distributed-skellam" else "discrete-gaussian"
+
+
+def shares(run: RunFile) -> int:
+    """Distributed noise: how many shares of it are in every sum, those of corrupt clients, who
+    know their own, not counted.
+
+    Raises:
+        InputError: the run does not say how many clients take part, or too few of them are honest.
+    """
+    section, cohort = run.secure_aggregation, run.strategy.cohort
+    if not isinstance(cohort, int):
+        raise InputError(
+            "the cohort of this run was not counted",
+            where="[strategy] cohort",
+            fix="whoever conducts a run sets it before it starts",
+        )
+    corrupt = math.floor(section.corrupt_fraction * cohort)
+    if section.min_cohort <= corrupt:
+        raise InputError(
+            f"min_cohort = {section.min_cohort} and {corrupt} of {cohort} clients may be corrupt: "
+            "nobody's noise is sure to be in a sum",
+            where="[secure_aggregation]",
+            fix="raise min_cohort, or state a smaller corrupt_fraction",
+        )
+    return section.min_cohort - corrupt
 
 
 def correlated(run: RunFile, noise_multiplier: float) -> Correlated:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,9 +14,10 @@ from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile
 from umbel.privacy.accounting import Accountant, Epsilon, History, epsilon, rdp_epsilon
 from umbel.privacy.calibration import noise_multiplier
-from umbel.privacy.mechanisms import Factorised
-from umbel.privacy.participation import Release, release
+from umbel.privacy.mechanisms import Factorised, Mechanism
+from umbel.privacy.participation import Release, release, shares
 from umbel.privacy.sources import Sources
+from umbel.server import secure
 from umbel.server.sampling import asked_at_most, cohort_size, sample, separated
 
 Sizes = Sequence[int] | npt.NDArray[np.int64]
@@ -145,7 +146,8 @@ def _planned(key: _Key, z: float) -> Planned:
 
 def calibrated(run: RunFile, sizes: Sizes) -> RunFile:
     """The run with the noise multiplier that its budget asks for, unless it states one; and with
-    the separation that correlated noise is made for.
+    the separation that correlated noise is made for, or the cohort and the fewest survivors that
+    distributed noise is sized for.
 
     Over the rounds that each client is really asked in: the cohorts of all rounds are known. No
     client passes the budget; the one that comes nearest just keeps it.
@@ -153,7 +155,7 @@ def calibrated(run: RunFile, sizes: Sizes) -> RunFile:
     Raises:
         InputError: the budget cannot be kept with any sensible noise.
     """
-    run = _apart(run, len(sizes))
+    run = _counted(_apart(run, len(sizes)), len(sizes))
     section = run.privacy
     if section.unit == "none" or section.noise_multiplier is not None:
         return run
@@ -172,8 +174,54 @@ def calibrated(run: RunFile, sizes: Sizes) -> RunFile:
             found.mechanism.sampling,
             section.neighbouring,
             accountant=section.accountant,
+            mechanism=_maker(run) if section.distributed else None,
         )
     return with_noise(run, z)
+
+
+def _maker(run: RunFile) -> Callable[[float], Mechanism]:
+    return lambda z: release(run, z, 1, 1.0).mechanism
+
+
+def _counted(run: RunFile, clients: int) -> RunFile:
+    """The run of distributed noise with its cohort as a number, and with the fewest survivors that
+    its protocol leaves as ``min_cohort``, which each client insists on: the noise is sized for
+    them."""
+    if not run.privacy.distributed:
+        return run
+    check_shares(run)
+    section, cohort = run.secure_aggregation, cohort_size(run.strategy, clients)
+    fewest = max(section.min_cohort, secure.design(section)(cohort).threshold + 1)
+    counted = run.model_copy(
+        update={
+            "strategy": run.strategy.model_copy(update={"cohort": cohort}),
+            "secure_aggregation": section.model_copy(update={"min_cohort": fewest}),
+        }
+    )
+    shares(counted)  # refuses a run in which nobody's noise is sure to be in the sum
+    return counted
+
+
+def check_shares(run: RunFile) -> None:
+    """Refuses distributed noise where no secure sum hides single shares of it.
+
+    Raises:
+        InputError: naming the key.
+    """
+    section = run.secure_aggregation
+    if not section.enabled:
+        raise InputError(
+            f"mechanism = '{run.privacy.mechanism}' adds a share of the noise at each client, and "
+            "the server would see each",
+            where="[secure_aggregation] enabled",
+            fix="set enabled = true, or mechanism = 'gaussian'",
+        )
+    if section.groups > 1:
+        raise InputError(
+            f"the sums of {section.groups} groups would each have the noise of a few clients only",
+            where="[secure_aggregation] groups",
+            fix="remove it",
+        )
 
 
 def _apart(run: RunFile, clients: int) -> RunFile:
@@ -223,6 +271,8 @@ def describe(run: RunFile, sizes: Sizes, generator: str) -> dict[str, Any] | Non
     rounds, apart = most.rounds, {}
     if isinstance(mechanism, Factorised):  # one release, of all rounds
         rounds, apart = mechanism.most, {"separation": mechanism.separation}
+    if section.distributed:
+        apart = {"shares": shares(run)}
     return {
         **apart,
         "unit": section.unit,
@@ -270,6 +320,8 @@ def check(run: RunFile, clients: int) -> None:
             where="[strategy]",
             fix="remove them",
         )
+    if section.distributed:
+        check_shares(run)
     apart, together = section.separation or 1, asked_at_most(strategy, clients)
     if apart * together > clients:
         raise InputError(

@@ -12,6 +12,7 @@ from umbel.core import randomness
 from umbel.core.errors import InputError
 from umbel.core.payloads import Failure, TrainPlan, Updates, canonical_json
 from umbel.core.run_file import RunFile, SecureAggregation
+from umbel.privacy.secure_aggregation.keystream import Words
 from umbel.privacy.secure_aggregation.parameters import (
     Design,
     choose,
@@ -20,11 +21,13 @@ from umbel.privacy.secure_aggregation.parameters import (
     safe_threshold,
 )
 from umbel.privacy.secure_aggregation.terms import MAX_MEMBERS, Policy
+from umbel.server.private_sum import PrivateSums
 from umbel.server.rounds import Cohort
 from umbel.server.sampling import cohort_size
 from umbel.strategies.parts import Combiner
-from umbel.strategies.parts.combine import weighted_mean
-from umbel.strategies.parts.secure_sum import Sum
+from umbel.strategies.parts.combine import Sums, weighted_mean
+from umbel.strategies.parts.noisy_sum import NoisySum
+from umbel.strategies.parts.secure_sum import SecureSum, Sum
 
 WHERE = "[secure_aggregation]"
 
@@ -81,9 +84,11 @@ def check(run: RunFile, combiner: Combiner, clients: int) -> None:
         design(section)(size)
 
 
-def policy(section: SecureAggregation) -> Policy:
+def policy(run: RunFile, clients: int) -> Policy:
     """What a member of this run demands of each round."""
-    return Policy(section.min_cohort, section.corrupt_fraction)
+    section = run.secure_aggregation
+    most = cohort_size(run.strategy, clients) if run.privacy.distributed else MAX_MEMBERS
+    return Policy(section.min_cohort, section.corrupt_fraction, max_cohort=most)
 
 
 def design(section: SecureAggregation) -> Callable[[int], Design]:
@@ -131,6 +136,14 @@ def cap_of(run: RunFile) -> float:
         return 1.0
     assert run.strategy.max_weight is not None  # checked before a run begins
     return run.strategy.max_weight
+
+
+def opened(sums: SecureSum | NoisySum, words: Words, clients: int, metrics: Sequence[str]) -> Sum:
+    """What the summed vector of ``clients`` says."""
+    if isinstance(sums, SecureSum):
+        return sums.decode(words, clients, metrics)
+    # How many were clipped is under the noise as well.
+    return Sum(PrivateSums(Sums(sums.decode(words), float(clients), clients), 0, clients), {})
 
 
 def model_digest(tensors: Mapping[str, Tensor]) -> bytes:

@@ -35,12 +35,14 @@ from umbel.privacy.secure_aggregation.keystream import Words
 from umbel.privacy.secure_aggregation.server import Aborted, Server, Stage, Total
 from umbel.privacy.secure_aggregation.server import Setup as ServerSetup
 from umbel.privacy.secure_aggregation.terms import Terms
+from umbel.privacy.streams import seeded_stream
 from umbel.server import secure
 from umbel.server.gate import Gate, weight_cap
 from umbel.server.private_sum import private_sum
 from umbel.server.rounds import Fold, uniform
 from umbel.strategies.parts import Combiner, Strategy
 from umbel.strategies.parts.combine import weighted_mean
+from umbel.strategies.parts.noisy_sum import NoisySum
 from umbel.strategies.parts.secure_sum import SecureSum, Sum, named, value_bits
 
 
@@ -87,7 +89,7 @@ class SecureFederation:
         member = {c: (g, i) for g, names in enumerate(groups) for i, c in enumerate(names)}
         largest = max(map(len, groups))
         combiner = self._combiner(plan)
-        sums: SecureSum | None = None
+        sums: SecureSum | NoisySum | None = None
         vectors: list[dict[int, Words]] = [{} for _ in groups]
         metrics: list[str] = []
         capped: list[str] = []
@@ -108,8 +110,12 @@ class SecureFederation:
                 sums = sums or self._sum(plan, combiner, update, largest)
                 metrics = metrics or named(update.metrics)
                 group, place = member[client]
-                key = _rounding(seed, plan.round, client)
-                self._put(vectors[group], place, sums.encode(update, key))
+                if isinstance(sums, NoisySum):
+                    noise = seeded_stream(seed, "distributed noise", plan.round, client)
+                    words = sums.encode(update, noise)
+                else:
+                    words = sums.encode(update, _rounding(seed, plan.round, client))
+                self._put(vectors[group], place, words)
         parts: list[tuple[Sequence[str], Sum]] = []
         for names, given in zip(groups, vectors, strict=True):
             if sums is None:
@@ -118,7 +124,8 @@ class SecureFederation:
             if isinstance(found[0], Total):
                 total = found[0]
                 survivors = [names[i] for i in total.survivors]
-                parts.append((survivors, sums.decode(total.words, len(survivors), metrics)))
+                found_sum = secure.opened(sums, total.words, len(survivors), metrics)
+                parts.append((survivors, found_sum))
             yield from found[1]
         if parts:
             whole = secure.cohort(parts, combiner, plan)
@@ -157,6 +164,8 @@ class SecureFederation:
         parts = plan.fold.parts if isinstance(plan.fold, Fold) else None
         if parts is None:
             return self._strategy.combine
+        if self._run.privacy.distributed:  # its rounding is part of its sensitivity
+            return private_sum(parts)
         bits = value_bits(len(plan.clients), self._section)
         numbers = sum(t.numel() for t in plan.expected().values())
         longer = math.sqrt(numbers) * 2 * self._section.clip / (2**bits - 1)
@@ -170,7 +179,13 @@ class SecureFederation:
             )
         return private_sum(parts._replace(cap=parts.cap / share))
 
-    def _sum(self, plan: TrainPlan, combine: Combiner, update: Updates, clients: int) -> SecureSum:
+    def _sum(
+        self, plan: TrainPlan, combine: Combiner, update: Updates, clients: int
+    ) -> SecureSum | NoisySum:
+        buffers = frozenset(plan.model.buffers)
+        if self._run.privacy.distributed:
+            template = {name: t[0] for name, t in update.delta.items()}
+            return NoisySum(self._run, template, buffers, plan.round)
         combiner = weighted_mean() if combine.merge is None else combine
         tensors = plan.expected()
         cap = 1.0 if self._run.strategy.weights == "uniform" else self._cap
@@ -178,7 +193,7 @@ class SecureFederation:
             combiner,
             lambda: combiner.zero(tensors),
             {name: t[0] for name, t in update.delta.items()},
-            frozenset(plan.model.buffers),
+            buffers,
             self._section,
             cap,
             value_bits(clients, self._section),
@@ -193,7 +208,11 @@ class SecureFederation:
         vectors[place] = _NONE
 
     def _add(
-        self, plan: TrainPlan, names: Sequence[str], vectors: dict[int, Words], sums: SecureSum
+        self,
+        plan: TrainPlan,
+        names: Sequence[str],
+        vectors: dict[int, Words],
+        sums: SecureSum | NoisySum,
     ) -> tuple[Total | Aborted, list[Failure]]:
         """The sum of one group, and who is not in it."""
         section = self._section
@@ -213,9 +232,10 @@ class SecureFederation:
             directory.digest,
             sums.size,
             section.bits,
-            sums.layout.value_bits,
+            sums.value_bits,
+            sums.modular,
         )
-        policy = secure.policy(section)
+        policy = secure.policy(self._run, len(self.clients()))
 
         def payload(place: int) -> Callable[[], Words]:
             return lambda: vectors[place]

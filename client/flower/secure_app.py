@@ -2,7 +2,8 @@
 
 Flower's own ClientApp lives for one message. Between the messages of a round the client's secrets
 are in its node's ``Context``, which Flower keeps in the memory of the SuperNode, on the site's own
-machine, and never sends; the last answer, a refusal and the next round remove them.
+machine, and never sends; the last answer, a refusal and the next round remove them. A set-up that
+``keep_setup`` asks for stays there for the rounds of one run, at most so many.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from umbel.core.messages import MODEL, SECURE, SECURE_STAGES, Answer, Hello, Req
 from umbel.core.run_file import RunFile
 
 if TYPE_CHECKING:  # stages before training are answered without loading torch
-    from umbel.client.secure import Seat
+    from umbel.client.secure import Demands, Round, Seat
     from umbel.core.payloads import Updates
     from umbel.privacy.secure_aggregation.keystream import Words
     from umbel.privacy.secure_aggregation.terms import Terms
 
 KEPT = "umbel.secure"
-"""Where a round's secrets are in the node's state."""
+"""Where a round's secrets are in the node's state; those of a set-up that is kept, with its purpose
+behind a dot."""
 
 
 class Parts(Protocol):
@@ -88,15 +90,29 @@ def _handler(parts: Parts, purpose: str, stage: str) -> Callable[[Message, Conte
                 assert isinstance(data, bytes)
                 seat = _seat(parts, request, context)
                 announced = _announced(request, purpose, about)
-                kept = _take(context, announced, fresh=stage == SECURE_STAGES[0])
-                answered = secure.step(kept, data, seat, announced, section, payload)
+                fresh = stage == SECURE_STAGES[0]
+                kept = _take(context, announced, fresh=fresh)
+                setup, used = _take_setup(context, purpose, announced, fresh=fresh)
+                demands = _demands(request.run, purpose)
+                answered = secure.step(kept, data, seat, announced, demands, payload, setup)
                 _keep(context, announced, answered.kept)
+                if answered.setup is not None and announced.number < request.run.run.rounds:
+                    _keep_setup(context, purpose, announced, answered.setup, used + fresh)
             metrics = dict.fromkeys(names, float("nan"))  # names travel, figures do not
             return messages.answer(request.client, request.round, 0, metrics), answered.answer
 
         return parts.answer(message, work)
 
     return handle
+
+
+def _demands(run: RunFile, purpose: str) -> Demands:
+    from umbel.client.secure import Demands
+
+    cohort = run.strategy.cohort
+    if not run.privacy.distributed or purpose != "train" or not isinstance(cohort, int):
+        return Demands(run.secure_aggregation)
+    return Demands(run.secure_aggregation, modular=True, max_cohort=cohort)
 
 
 def _seat(parts: Parts, request: Request, context: Context) -> Seat:
@@ -119,7 +135,7 @@ def _seat(parts: Parts, request: Request, context: Context) -> Seat:
     return secure.seat_from_files(name, identity, peers)
 
 
-def _announced(request: Request, purpose: str, about: dict[str, Any]) -> Any:
+def _announced(request: Request, purpose: str, about: dict[str, Any]) -> Round:
     from umbel.client.secure import Round
     from umbel.privacy.secure_aggregation.context import context_of
 
@@ -148,6 +164,8 @@ def _train(
 
     run = request.run
     updates, buffers = parts.trained(request, context, message)
+    if run.privacy.distributed:
+        return _noised(run, updates, buffers, terms, people="client" in context.node_config), []
     cap = cap_of(run)
     weights = updates.weights.clamp(max=cap) if run.strategy.weights == "examples" else None
     weights = updates.weights.new_ones(1) if weights is None else weights
@@ -168,6 +186,25 @@ def _train(
     if sums.size != terms.size or terms.ring_bits != run.secure_aggregation.bits:
         raise Refused(Reason.OTHER_TERMS, f"the vector has {sums.size} numbers, not {terms.size}")
     return sums.encode(updates), named(updates.metrics)
+
+
+def _noised(
+    run: RunFile, updates: Updates, buffers: frozenset[str], terms: Terms, *, people: bool
+) -> Words:
+    """The vector with the client's own share of the noise: of the operating system, where the data
+    are people's."""
+    from umbel.privacy.secure_aggregation.refusals import Reason, Refused
+    from umbel.privacy.streams import seeded_stream, system_stream
+    from umbel.strategies.parts.noisy_sum import NoisySum
+
+    template = {name: tensor[0] for name, tensor in updates.delta.items()}
+    sums = NoisySum(run, template, buffers, updates.round)
+    if (sums.size, sums.value_bits) != (terms.size, terms.ring_bits):
+        raise Refused(Reason.OTHER_TERMS, f"the vector has {sums.size} numbers, not {terms.size}")
+    if people:
+        return sums.encode(updates, system_stream())
+    noise = seeded_stream(run.run.seed, "distributed noise", updates.round, updates.clients[0])
+    return sums.encode(updates, noise)
 
 
 def _evaluate(
@@ -194,7 +231,7 @@ def cap_of(run: RunFile) -> float:
     return run.strategy.max_weight
 
 
-def _take(context: Context, announced: Any, *, fresh: bool) -> bytes | None:
+def _take(context: Context, announced: Round, *, fresh: bool) -> bytes | None:
     """What was kept for this very round; whatever else was is dropped."""
     record = context.state.pop(KEPT, None)
     if fresh or not isinstance(record, ConfigRecord):
@@ -205,8 +242,30 @@ def _take(context: Context, announced: Any, *, fresh: bool) -> bytes | None:
     return kept if isinstance(kept, bytes) else None
 
 
-def _keep(context: Context, announced: Any, kept: bytes | None) -> None:
+def _keep(context: Context, announced: Round, kept: bytes | None) -> None:
     if kept is not None:
         context.state[KEPT] = ConfigRecord(
             {"run": announced.run, "round": announced.number, "state": kept}
         )
+
+
+def _take_setup(
+    context: Context, purpose: str, announced: Round, *, fresh: bool
+) -> tuple[bytes | None, int]:
+    """The set-up of this run, and how many later rounds it has served; any other is dropped."""
+    from umbel.privacy.secure_aggregation.parameters import KEPT_ROUNDS
+
+    record = context.state.pop(f"{KEPT}.{purpose}", None)
+    if not isinstance(record, ConfigRecord) or record["run"] != announced.run:
+        return None, 0
+    setup, used = record["setup"], record["used"]
+    if not isinstance(setup, bytes) or not isinstance(used, int):
+        return None, 0
+    if fresh and used + 2 > KEPT_ROUNDS:
+        return None, 0
+    return setup, used
+
+
+def _keep_setup(context: Context, purpose: str, announced: Round, setup: bytes, used: int) -> None:
+    record = ConfigRecord({"run": announced.run, "setup": setup, "used": used})
+    context.state[f"{KEPT}.{purpose}"] = record

@@ -42,10 +42,13 @@ class Privacy(Settings):
     """``adaptive``: the share of units that are not clipped."""
     clip_rate: Positive = 0.2
     """``adaptive``: the geometric rate at which the bound moves."""
-    mechanism: Literal["gaussian", "tree", "banded", "distributed-discrete-gaussian"] = "gaussian"
+    mechanism: Literal[
+        "gaussian", "tree", "banded", "distributed-discrete-gaussian", "distributed-skellam"
+    ] = "gaussian"
     """What noise: continuous; ``tree`` and ``banded``: drawn for the whole run together, so that
-    later rounds take back what earlier ones added (unit ``client``, noise at the server); or whole
-    numbers that clients add under secure aggregation."""
+    later rounds take back what earlier ones added (unit ``client``, noise at the server);
+    ``distributed-…``: whole numbers, of which each client adds its share under secure aggregation,
+    so that the server never sees a sum without noise."""
     separation: Count | None = None
     """``tree``, ``banded``: a client that was asked sits out the next separation - 1 rounds.
     ``None``: as many as leave a cohort to ask."""
@@ -92,12 +95,20 @@ class Privacy(Settings):
         if self.adversary == "outsider" and self.neighbouring == "replace-one":
             raise ValueError("sampling is not amplified under 'replace-one'; use another relation")
         self._correlated()
-        if self.mechanism == "distributed-discrete-gaussian":
+        if self.distributed and (
+            (self.unit, self.place, self.adversary) != ("client", "server", "server")
+            or self.clipping == "adaptive"
+        ):
             raise ValueError(
-                f"mechanism = '{self.mechanism}' needs secure aggregation, which runs do not have "
-                "yet; use mechanism = 'gaussian'"
+                f"mechanism = '{self.mechanism}' takes unit = 'client', the default place and "
+                "adversary, and no adaptive clipping; remove the rest, or use 'gaussian'"
             )
         return self
+
+    @property
+    def distributed(self) -> bool:
+        """Whether each client adds a share of the noise, and the server none."""
+        return self.unit != "none" and self.mechanism.startswith("distributed")
 
     @property
     def correlated(self) -> bool:
@@ -158,4 +169,4 @@ class SecureAggregation(Settings):
     groups: Count = 1
     """Random groups of a cohort, each summed by itself: robust strategies see the groups' sums."""
     keep_setup: bool = False
-    """Engines in process: rounds of the same clients keep graph and agreed keys; masks are new."""
+    """Rounds of the same clients keep graph and agreed keys, 100 rounds at most; masks are new."""

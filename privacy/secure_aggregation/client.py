@@ -229,8 +229,9 @@ class Client:
         kept = self.setup
         if kept is None or kept.digest != message.setup:
             raise Refused(Reason.NO_SETUP, "nothing is kept of that round")
-        if self._terms.overflows(len(kept.members)):
-            raise Refused(Reason.RING_OVERFLOW, f"{len(kept.members)} values do not fit the ring")
+        n = len(kept.members)
+        if self._terms.overflows(n) or n > self._policy.max_cohort:
+            raise Refused(Reason.RING_OVERFLOW, f"the values of {n} members do not fit the ring")
         self.state.roster, self.state.members, self.state.neighbours = (
             kept.roster,
             kept.members,

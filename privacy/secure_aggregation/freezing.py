@@ -42,14 +42,7 @@ def freeze(client: Client) -> bytes:
         "consent": state.consent_digest.hex(),
     }
     if client.setup is not None:
-        kept = client.setup
-        table["setup"] = {
-            "roster": kept.roster.body().hex(),
-            "members": list(kept.members),
-            "neighbours": list(kept.neighbours),
-            "digest": kept.digest.hex(),
-            "secrets": {str(them): secret.hex() for them, secret in kept.secrets.items()},
-        }
+        table["setup"] = freeze_setup(client.setup).decode("ascii")
     return json.dumps(table, separators=(",", ":")).encode("ascii")
 
 
@@ -73,13 +66,31 @@ def thaw(data: bytes, client: Client) -> None:
     state.survivors = _read(Survivors, table["survivors"])
     state.consent_digest = bytes.fromhex(table["consent"])
     if kept := table.get("setup"):
-        client.setup = Setup(
-            Roster.read(Reader(bytes.fromhex(kept["roster"]))),
-            tuple(kept["members"]),
-            tuple(kept["neighbours"]),
-            bytes.fromhex(kept["digest"]),
-            {int(them): bytes.fromhex(secret) for them, secret in kept["secrets"].items()},
-        )
+        client.setup = thaw_setup(kept.encode("ascii"))
+
+
+def freeze_setup(setup: Setup) -> bytes:
+    """What a client keeps for later rounds; as secret as all of them."""
+    table = {
+        "roster": setup.roster.body().hex(),
+        "members": list(setup.members),
+        "neighbours": list(setup.neighbours),
+        "digest": setup.digest.hex(),
+        "secrets": {str(them): secret.hex() for them, secret in setup.secrets.items()},
+    }
+    return json.dumps(table, separators=(",", ":")).encode("ascii")
+
+
+def thaw_setup(data: bytes) -> Setup:
+    """The inverse of :func:`freeze_setup`."""
+    table = json.loads(data)
+    return Setup(
+        Roster.read(Reader(bytes.fromhex(table["roster"]))),
+        tuple(table["members"]),
+        tuple(table["neighbours"]),
+        bytes.fromhex(table["digest"]),
+        {int(them): bytes.fromhex(secret) for them, secret in table["secrets"].items()},
+    )
 
 
 def _edge(parts: list[str]) -> Edge:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from umbel.core.errors import InputError
 
 SIGMA = 40
+KEPT_ROUNDS = 100  # that one set-up serves at the most, the first included
 MAX_DRAWS = 4  # graphs that one round may draw; counted in the bound
 COMPLETE_UP_TO = 32  # below this many clients a sparse graph saves nothing
 

@@ -47,6 +47,10 @@ def accept_roster(
     _check_draw(roster, previous)
     if n < policy.min_cohort:
         raise Refused(Reason.COHORT_TOO_SMALL, f"{n} members, policy asks for {policy.min_cohort}")
+    if n > policy.max_cohort:
+        raise Refused(
+            Reason.RING_OVERFLOW, f"{n} members, and noise and ring are for {policy.max_cohort}"
+        )
     if not is_regular(n, k) or not 1 <= t <= k:
         raise Refused(Reason.NO_SUCH_GRAPH, f"no {k} neighbours, {t} to agree, among {n}")
     x = corrupt_bound(n, k, policy.corrupt_fraction, policy.sigma)

@@ -163,6 +163,11 @@ class Server:
         """The members whose answer is missing in this stage."""
         return frozenset(self._waiting)
 
+    @property
+    def dealt(self) -> int:
+        """How many members' shares came."""
+        return len(self._digests)
+
     def invite(self) -> Outbox:
         """The first messages."""
         if self.setup is not None:

@@ -10,7 +10,7 @@ from umbel.core.errors import InputError
 from umbel.privacy.secure_aggregation.identities import PROTOCOL
 from umbel.privacy.secure_aggregation.parameters import SIGMA
 
-_LAYOUT = struct.Struct(">16sI32s32sIBB")
+_LAYOUT = struct.Struct(">16sI32s32sIBB?")
 TERMS_BYTES = _LAYOUT.size
 MAX_MEMBERS = 65535
 MAX_SIZE = 1 << 30
@@ -28,6 +28,8 @@ class Terms:
         size: numbers in the vector, 1 … 2**30.
         ring_bits: the sum is taken modulo 2**ring_bits, 16 … 32.
         value_bits: a client's numbers are 0 … 2**value_bits - 1.
+        modular: the numbers are residues that fill the ring, and their sum is meant to go round it,
+            as that of distributed noise; else it must not.
     Raises:
         InputError: a value is out of its bounds.
     """
@@ -39,6 +41,7 @@ class Terms:
     size: int
     ring_bits: int
     value_bits: int
+    modular: bool = False
 
     def __post_init__(self) -> None:
         bounds = (
@@ -48,7 +51,7 @@ class Terms:
             ("round_number", self.round_number, 0, 2**32 - 1),
             ("size", self.size, 1, MAX_SIZE),
             ("ring_bits", self.ring_bits, 16, 32),
-            ("value_bits", self.value_bits, 1, self.ring_bits),
+            ("value_bits", self.value_bits, self.ring_bits if self.modular else 1, self.ring_bits),
         )
         for name, value, low, high in bounds:
             if not low <= value <= high:
@@ -68,6 +71,7 @@ class Terms:
             self.size,
             self.ring_bits,
             self.value_bits,
+            self.modular,
         )
 
     @classmethod
@@ -90,8 +94,9 @@ class Terms:
         return (self.ring_bits + 7) // 8
 
     def overflows(self, n: int) -> bool:
-        """Whether the sum of n clients may leave the ring: n · (2^value_bits − 1) ≥ 2^ring_bits."""
-        return n * ((1 << self.value_bits) - 1) >= 1 << self.ring_bits
+        """Whether the sum of n clients may leave a ring that it must not leave:
+        n · (2^value_bits − 1) ≥ 2^ring_bits."""
+        return not self.modular and n * ((1 << self.value_bits) - 1) >= 1 << self.ring_bits
 
 
 def widest_values(n: int, ring_bits: int) -> int:
@@ -107,11 +112,13 @@ class Policy:
         min_cohort: clients in the sum, at the least; from 2.
         corrupt_fraction: γ, the share of a cohort that may help a hostile server.
         sigma: attacks on the graph succeed with probability at most 2^-sigma.
+        max_cohort: clients in a round, at the most: so many the grid of distributed noise holds.
     """
 
     min_cohort: int = 3
     corrupt_fraction: float = 0.1
     sigma: int = SIGMA
+    max_cohort: int = MAX_MEMBERS
 
     def __post_init__(self) -> None:
         if self.min_cohort < 2 or not 0 <= self.corrupt_fraction < 1 or self.sigma < 1:

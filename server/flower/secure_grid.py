@@ -24,13 +24,24 @@ from umbel.core.payloads import (
 from umbel.datasets.federated import Info
 from umbel.privacy.secure_aggregation.context import context_of
 from umbel.privacy.secure_aggregation.identities import Directory, simulated
-from umbel.privacy.secure_aggregation.server import Aborted, Outbox, Server, Stage, Total
+from umbel.privacy.secure_aggregation.parameters import KEPT_ROUNDS
+from umbel.privacy.secure_aggregation.server import (
+    Aborted,
+    Outbox,
+    Server,
+    Setup,
+    Stage,
+    Total,
+)
 from umbel.privacy.secure_aggregation.terms import Terms
 from umbel.server import secure
 from umbel.server.flower.grid import SLACK, GridFederation
+from umbel.server.private_sum import private_sum
+from umbel.server.rounds import Fold
 from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import Strategy
 from umbel.strategies.parts.combine import weighted_mean
+from umbel.strategies.parts.noisy_sum import NoisySum
 from umbel.strategies.parts.secure_sum import SecureMeans, SecureSum, Sum, value_bits
 
 KINDS = dict(zip(list(Stage)[:6], SECURE_STAGES, strict=True))
@@ -45,6 +56,22 @@ class Found(NamedTuple):
     survivors: Sequence[str]
     metrics: Sequence[str]
     lost: Mapping[str, str]
+
+
+class Shape(NamedTuple):
+    """Of the vector that clients send: numbers, bits of each, whether their sum goes round."""
+
+    size: int
+    value_bits: int
+    modular: bool
+
+
+class _Kept(NamedTuple):
+    """The set-ups of a round's groups, and how many rounds they have served."""
+
+    groups: Sequence[Sequence[str]]
+    setups: Sequence[Setup | None]
+    used: int
 
 
 class SecureGrid:
@@ -79,18 +106,13 @@ class SecureGrid:
                 where="[strategy] weights",
                 fix="set weights = 'uniform'",
             )
-        if run.secure_aggregation.keep_setup:
+        central = (run.privacy.unit, run.privacy.place) == ("client", "server")
+        if central and not run.privacy.distributed:
             raise InputError(
-                "remote clients agree on new keys in every round",
-                where="[secure_aggregation] keep_setup",
-                fix="remove it",
-            )
-        if (run.privacy.unit, run.privacy.place) == ("client", "server"):
-            raise InputError(
-                "unit = 'client' with noise at the server needs deltas that are clipped under the "
-                "mask, which remote clients do not do yet",
-                where="[privacy] place",
-                fix="set place = 'client', or simulate in process",
+                f"mechanism = '{run.privacy.mechanism}' has the server add the noise, to a sum "
+                "that it would have seen without",
+                where="[privacy] mechanism",
+                fix="set mechanism = 'distributed-discrete-gaussian', or place = 'client'",
             )
         if run.privacy.unit == "example" and run.privacy.noise_multiplier is None:
             raise InputError(
@@ -113,6 +135,7 @@ class SecureGrid:
         self._directory = Directory([peers[name] for name in self._names])
         self._tables = messages.write_run(run)
         self.info: Info = inner.info
+        self._kept: dict[str, _Kept] = {}
 
     def clients(self) -> Sequence[str]:
         """The names of the clients."""
@@ -125,25 +148,33 @@ class SecureGrid:
     def train(self, plan: TrainPlan) -> Iterator[Updates | Failure | Folded]:
         """Runs the protocol among the plan's clients; yields the failures, and the sum."""
         combine = self._strategy.combine
-        combiner = weighted_mean() if combine.merge is None else combine
         expected = plan.expected()
         groups = secure.deal(plan, self.run.run.seed, self._section.groups)
-        bits = value_bits(max(map(len, groups)), self._section)
-        sums = SecureSum(
-            combiner,
-            lambda: combiner.zero(expected),
-            expected,
-            frozenset(plan.model.buffers),
-            self._section,
-            secure.cap_of(self.run),
-            bits,
-        )
+        buffers = frozenset(plan.model.buffers)
+        sums: SecureSum | NoisySum
+        if self.run.privacy.distributed:
+            assert isinstance(plan.fold, Fold)
+            assert plan.fold.parts is not None
+            combine = private_sum(plan.fold.parts)
+            sums = NoisySum(self.run, expected, buffers, plan.round)
+        else:
+            combiner = weighted_mean() if combine.merge is None else combine
+            sums = SecureSum(
+                combiner,
+                lambda: combiner.zero(expected),
+                expected,
+                buffers,
+                self._section,
+                secure.cap_of(self.run),
+                value_bits(max(map(len, groups)), self._section),
+            )
+        shape = Shape(sums.size, sums.value_bits, sums.modular)
         document = pack({**plan.model.tensors(), **plan.shared})
         parts: list[tuple[Sequence[str], Sum]] = []
-        for found in self._carry_out("train", plan, groups, sums.size, bits, document):
+        for found in self._carry_out("train", plan, groups, shape, document):
             if isinstance(found.end, Total):
                 words, count = found.end.words, len(found.survivors)
-                parts.append((found.survivors, sums.decode(words, count, found.metrics)))
+                parts.append((found.survivors, secure.opened(sums, words, count, found.metrics)))
                 lost = found.lost.items()
                 yield from (Failure(c, why) for c, why in lost if c not in found.survivors)
             else:
@@ -159,8 +190,8 @@ class SecureGrid:
         bits = value_bits(len(tested), self._section)
         means = SecureMeans(self._section, secure.cap_of(self.run), bits)
         document = pack(plan.model.tensors())
-        size = means.layout.size
-        for found in self._carry_out("evaluate", plan, [tested], size, bits, document):
+        shape = Shape(means.layout.size, bits, False)
+        for found in self._carry_out("evaluate", plan, [tested], shape, document):
             if isinstance(found.end, Aborted):
                 yield from secure.aborted(found.clients, found.lost, found.end.why)
                 continue
@@ -182,8 +213,7 @@ class SecureGrid:
         purpose: str,
         plan: TrainPlan | EvaluatePlan,
         groups: Sequence[Sequence[str]],
-        size: int,
-        bits: int,
+        shape: Shape,
         document: bytes,
     ) -> list[Found]:
         """Runs one round of the protocol in each group, all groups stage by stage together."""
@@ -191,10 +221,18 @@ class SecureGrid:
         run_id = hashlib.sha256(f"{plan.run_id}\0{purpose}".encode()).digest()[:16]
         context = context_of(self._tables, purpose, plan.round, digest)
         terms = Terms(
-            run_id, plan.round, context, self._directory.digest, size, self._section.bits, bits
+            run_id,
+            plan.round,
+            context,
+            self._directory.digest,
+            shape.size,
+            self._section.bits,
+            shape.value_bits,
+            shape.modular,
         )
         about = json.dumps({"run": run_id.hex(), "model": digest.hex()})
         number = {name: place for place, name in enumerate(self._names)}
+        setups, used = self._kept_of(purpose, groups)
         rounds = [
             _Group(
                 [*clients],
@@ -204,13 +242,15 @@ class SecureGrid:
                     [number[c] for c in clients],
                     secure.design(self._section),
                     self._section.min_cohort,
+                    setup,
                 ),
             )
-            for clients in groups
+            for clients, setup in zip(groups, setups, strict=True)
         ]
         for group in rounds:
             group.out = group.server.invite()
         names = self._names.__getitem__
+        began = SECURE_STAGES[0]  # sites count the rounds that they begin, with keys or without
         while stages := {g.server.stage for g in rounds if isinstance(g.out, Outbox)}:
             stage = min(stages, key=list(Stage).index)
             there = [g for g in rounds if g.server.stage is stage]
@@ -224,8 +264,9 @@ class SecureGrid:
                 for g in there
                 for m, data in _messages(g.out).items()
             }
-            limit = 4 * size + SLACK
-            kind = f"{purpose}.{KINDS[stage]}"
+            limit = 4 * shape.size + SLACK
+            kind = f"{purpose}.{began or KINDS[stage]}"
+            began = ""
             for client, reply in self._inner.ask(
                 kind, plan.round, contents, plan.deadline, plan.run_id
             ):
@@ -240,7 +281,26 @@ class SecureGrid:
                         group.metrics[client] = sorted(reply[0].metrics)
             for group in there:
                 group.out = group.server.advance()
+        self._keep(purpose, rounds, used)
         return [group.found(names) for group in rounds]
+
+    def _kept_of(
+        self, purpose: str, groups: Sequence[Sequence[str]]
+    ) -> tuple[Sequence[Setup | None], int]:
+        """The set-ups of the very same groups, and how many rounds they have served."""
+        kept = self._kept.pop(purpose, None)
+        if kept is None or kept.groups != [[*clients] for clients in groups]:
+            return [None] * len(groups), 0
+        return kept.setups, kept.used
+
+    def _keep(self, purpose: str, groups: Sequence[_Group], used: int) -> None:
+        """For the next round, if this one came to its end and all of its members have theirs."""
+        if not self._section.keep_setup or used + 1 >= KEPT_ROUNDS:
+            return
+        if all(isinstance(group.out, Total) and group.complete for group in groups):
+            listed = [group.clients for group in groups]
+            setups = [group.server.setup for group in groups]
+            self._kept[purpose] = _Kept(listed, setups, used + 1)
 
 
 def secured(
@@ -257,9 +317,17 @@ class _Group:
 
     def __init__(self, clients: list[str], server: Server) -> None:
         self.clients, self.server = clients, server
+        self.again = server.setup is not None
         self.out: Outbox | Total | Aborted = Aborted("not begun")
         self.lost: dict[str, str] = {}
         self.metrics: dict[str, list[str]] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether everybody has the set-up of this group, as far as can be seen from here."""
+        if self.again:
+            return not any(why.startswith("refused") for why in self.server.lost.values())
+        return self.server.dealt == len(self.clients)
 
     def found(self, name: Callable[[int], str]) -> Found:
         """How it ended."""

@@ -101,10 +101,17 @@ class SecureSum:
         self._means = SecureMeans(section, cap, value_bits)
         self.layout = Layout([*fields, *self._means.layout.fields], value_bits)
 
+    modular = False
+
     @property
     def size(self) -> int:
         """Numbers in the vector."""
         return self.layout.size
+
+    @property
+    def value_bits(self) -> int:
+        """Of each number."""
+        return self.layout.value_bits
 
     def encode(self, updates: Updates, rounding: bytes | None = None) -> Words:
         """The vector of one client, shape (size,).
