@@ -20,7 +20,9 @@ import umbel
 from umbel.cli import (
     audit,
     bench,
+    dashboard,
     demo_network,
+    epsilon,
     flower,
     output,
     parts,
@@ -53,6 +55,7 @@ for _name, _verb, _panel in (
     ("compare", runs.compare, "Look at runs"),
     ("plot", plot.plot, "Look at runs"),
     ("export", runs.export, "Look at runs"),
+    ("epsilon", epsilon.epsilon, "About Umbel"),
     ("list", parts.list_parts, "About Umbel"),
     ("version", parts.version, "About Umbel"),
 ):
@@ -65,6 +68,7 @@ for _name, _order in (
 ):
     app.command(_name, rich_help_panel="Deploy")(_order)
 app.command("demo-network", rich_help_panel="Deploy")(demo_network.demo_network)
+app.command("dashboard", rich_help_panel="Look at runs")(dashboard.dashboard)
 app.add_typer(server.app, name="server", rich_help_panel="Deploy")
 app.add_typer(site.app, name="site", rich_help_panel="Deploy")
 app.add_typer(audit.app, name="audit", rich_help_panel="Look at runs")

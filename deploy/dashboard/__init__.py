@@ -1,0 +1,1 @@
+"""What an administrator sees: pages, an API and figures, in a process of its own."""
