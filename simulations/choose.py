@@ -131,6 +131,8 @@ def _make_private(name: str, subject: Subject, examination: trial.Examination) -
     """A private kernel; ``lean`` stands for the runtime itself, one client after another."""
     if name == "lean":
         return trial.make(name, subject, examination)
+    if subject.runtime.task.collect is not None:
+        raise Obstacle("its examples are made anew each round")
     return private_trial.make(name, subject, examination)
 
 
@@ -140,7 +142,7 @@ def _compare_private(
     refused: dict[str, str] = {}
     for name in private_trial.KERNELS:
         try:
-            kernel = private_trial.make(name, subject, examination)
+            kernel = _make_private(name, subject, examination)
         except Obstacle as why:
             refused[name] = str(why)
             continue

@@ -1,0 +1,72 @@
+"""Deep Q-learning."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from umbel.core.run_file import Part
+from umbel.core.settings import Count, Fraction, Share
+from umbel.datasets.federated import Info
+from umbel.datasets.worlds.world import Floats
+from umbel.tasks.collect import Columns, Moment
+from umbel.tasks.models.build import builder
+from umbel.tasks.reinforcement import losses as of
+from umbel.tasks.reinforcement.acting import explored, played, scale, task, transitions
+from umbel.tasks.reinforcement.play import greedy_but, outputs, play
+from umbel.tasks.task import Batch, Forward, Task
+
+
+def dqn(
+    info: Info,
+    model: Part | str | None,
+    *,
+    environment: str = "cartpole",
+    size: Count = 4,
+    steps: Count = 128,
+    copies: Count = 8,
+    gamma: Share = 0.99,
+    epsilon: Fraction = 0.05,
+    explore: Fraction = 0.3,
+    double: bool = True,
+) -> Task:
+    """Acting in environments, by a network of what each action is worth: DQN, double or not.
+
+    The target network is the model that the round began with; the replay memory is what was
+    collected in the round, drawn in batches for ``[client] local_epochs`` (Mnih et al. 2015,
+    Algorithm 1; van Hasselt, Guez and Silver 2016, equation 4).
+
+    Args:
+        info: of the data: rows are parameters of environments.
+        model: what is seen -> a number for each action, in units of 1 / (1 - gamma).
+        environment: as of ``ppo-control``.
+        size: ``grid``: of its side.
+        steps: in each environment, a round.
+        copies: of each environment.
+        gamma: discount of a step.
+        epsilon: chance of a random action.
+        explore: share of the rounds in which that falls from 1.
+        double: the model in training chooses what the target network is asked about.
+    """
+    where = played(info, environment, size, copies)
+    unit = scale(gamma)
+
+    def collect(module: nn.Module, held: Floats, moment: Moment) -> Columns:
+        world, count, dice = where.worlds(held, moment.seed)
+        stray = explored(moment, epsilon, explore)
+        came = play(world, count, lambda x: greedy_but(outputs(module, x), stray, dice), steps)
+        found = transitions(came)
+        found["target"] = outputs(module, found["following"]).astype(np.float32)
+        return found
+
+    def losses(forward: Forward, batch: Batch) -> Tensor:
+        after = batch["target"]
+        chosen = forward(batch["following"]).detach().argmax(1) if double else after.argmax(1)
+        following = of.of_action(after, chosen)
+        target = of.bootstrapped(batch["reward"] / unit, batch["ended"], following, gamma)
+        value = of.of_action(forward(batch["x"]), batch["action"])
+        return F.smooth_l1_loss(value, target, reduction="none")
+
+    build = builder(model, where.info, where.kind.actions)
+    return task(build, losses, where, lambda out: out, collect)

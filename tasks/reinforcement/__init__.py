@@ -1,0 +1,1 @@
+"""Learning by acting: experience, what it is worth, and what is learned from it."""
