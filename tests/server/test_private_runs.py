@@ -386,7 +386,7 @@ def test_clients_drawn_by_coins_pay_less_and_all_pay(tmp_path: Path) -> None:
         (
             {"unit": "client", "epsilon": 1.0, "mechanism": "distributed-discrete-gaussian"},
             {},
-            "secure aggregation",
+            "secure_aggregation",
         ),
         ({"unit": "example", "epsilon": 1.0, "delta": 0.0}, {}, "delta = 0"),
         (
