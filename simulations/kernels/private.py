@@ -145,11 +145,14 @@ class Private:
         self, params: Tree, chunk: PrivateChunk, step: int, draws: Draws | None
     ) -> tuple[dict[str, Tensor], list[int]]:
         """The clipped sums, name -> (n, *shape), and how many gradients were not clipped."""
-        total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in params.items()}
+        total = {n: torch.empty_like(p, dtype=torch.float32) for n, p in params.items()}
         active = len(next(iter(params.values())))
         short = np.zeros(active, np.int64)
         counts = chunk.counts[step, :active]
         device = chunk.rows.device
+        idle = torch.from_numpy(np.flatnonzero(counts == 0)).to(device)
+        for t in total.values():
+            t.index_fill_(0, idle, 0)
         limits = torch.tensor(
             [float(clip.bounds.clip_norm) for clip in chunk.clips[:active]], device=device
         )
@@ -174,7 +177,10 @@ class Private:
                 None if draws is None else draws.only(some.tolist()).of_batch(inside),
             )
             for name, t in found.items():
-                total[name].index_add_(0, here, t)
+                if columns.start == 0:
+                    total[name].index_copy_(0, here, t)
+                else:
+                    total[name].index_add_(0, here, t)
             short[some] += free.cpu().numpy()
         return total, short.tolist()
 

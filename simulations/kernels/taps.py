@@ -44,7 +44,11 @@ class Taps:
             begin = torch.zeros((), dtype=out.tensor.dtype, device=out.tensor.device)
             out = out.like(out.tensor.add_(begin.requires_grad_()))
         given = x.like(x.tensor.detach())
-        edge = get_gradient_edge(out.tensor)
+        # Where a view is changed in place, gradients reach its base and no more the view.
+        whole = out.tensor if out.tensor._base is None else out.tensor._base
+        if whole.numel() != out.tensor.numel():
+            raise Unsupported(f"{type(layer).__name__} gives a part of what it computed")
+        edge = get_gradient_edge(whole)
         kept = out.like(out.tensor.detach())
         self._seen.append(_Tap(layer, given, given.tensor._version, kept, edge))
         return out
@@ -70,7 +74,8 @@ class Taps:
         def known(finite: Tensor | None) -> dict[str, Known]:
             table: dict[str, Known] = {}
             for tap, gradient in zip(self._seen, found, strict=True):
-                x, g = _finite(tap.x, finite), _finite(tap.out.like(gradient), finite)
+                shaped = gradient.view(tap.out.tensor.shape)
+                x, g = _finite(tap.x, finite), _finite(tap.out.like(shaped), finite)
                 if isinstance(tap.layer, nn.Conv2d):
                     own = _convolution(tap.layer, x, g)
                 else:

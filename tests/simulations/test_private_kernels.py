@@ -13,6 +13,7 @@ from umbel.core.payloads import TrainPlan, Updates
 from umbel.core.run_file import resolve
 from umbel.core.trees import norm, subtract
 from umbel.datasets.federated import FederatedData, Holdings, Info, Numbered
+from umbel.simulations import private_trial
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.engines.vectorised import vectorised
 from umbel.simulations.kernels.private import Bound, pieces
@@ -123,6 +124,19 @@ def run_file(privacy, client, **run):
     )
 
 
+@pytest.fixture
+def kept_books(monkeypatch):
+    """Whether the kernels that were made keep books, in the order of the runs."""
+    found, make = [], private_trial.make
+
+    def noting(*arguments):
+        found.append(kernel := make(*arguments))
+        return kernel
+
+    monkeypatch.setattr(private_trial, "make", noting)
+    return found
+
+
 def trained(build, rule=ClientRule(), data=None, privacy={}, client={}, plan=None, **engine):  # noqa: B006, B008
     """Both engines' updates by client, the record of the plan, and what was announced."""
     data = federated() if data is None else data
@@ -155,29 +169,34 @@ def assert_same(slow, fast):
 @pytest.mark.parametrize("noise", [0.0, 0.8])
 @pytest.mark.parametrize("clipping", ["flat", "per-layer", "adaptive"])
 @pytest.mark.parametrize("build", [cnn, mlp])
-def test_ways_to_clip(build, clipping, noise):
+def test_ways_to_clip(build, clipping, noise, kept_books):
     privacy = {"clipping": clipping, "noise_multiplier": noise}
     kernel = "grouped:chunk=2" if build is cnn else "stacked"
     slow, fast, record, said = trained(build, privacy=privacy, plan=kernel)
     assert_same(slow, fast)
     assert record["plan"] == kernel
+    assert [made.by_layer for made in kept_books] == [True]
     assert not said
 
 
-@pytest.mark.parametrize("build", [even_kernel, dropping, Twice])
-def test_models(build):
+@pytest.mark.parametrize(
+    ("build", "by_layer"), [(even_kernel, True), (dropping, True), (Twice, False)]
+)
+def test_models(build, by_layer, kept_books):
     slow, fast, record, said = trained(build, privacy={"noise_multiplier": 0.5})
     assert_same(slow, fast)
     assert not record["plan"].startswith("lean")
+    assert [made.by_layer for made in kept_books] == [by_layer]
     assert not said
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_words(scaled):
+def test_words(scaled, kept_books):
     """With a parameter that belongs to no layer, each example is a client of its own."""
     slow, fast, record, _ = trained(lambda: Words(scaled), data=federated(words=True))
     assert_same(slow, fast)
     assert record["plan"].startswith("stacked")
+    assert [made.by_layer for made in kept_books] == [not scaled]
 
 
 @pytest.mark.parametrize(
