@@ -1,4 +1,4 @@
-"""``umbel plot``: curves of runs, who holds what, or what was kept of each experience."""
+"""``umbel plot``: curves of runs, who holds what, what was kept of each experience, samples."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ def plot(
         bool,
         typer.Option("--matrix", help="Draw what was kept of each experience: RUN FILE."),
     ] = False,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="Draw what a run's model makes: RUN FILE.")
+    ] = False,
     store: StoreOption = "runs",
     format: FormatOption = Format.text,
 ) -> None:
-    """Draw a run's curves, several runs in one picture, a run's matrix or a run file's split."""
+    """Draw a run's curves, several runs in one picture, a run's matrix or samples, or a split."""
     from umbel.server.plots import FORMATS, check_format
 
     # Only a picture's suffix tells: the id of a run may hold a dot, too.
@@ -45,7 +48,9 @@ def plot(
         raise InputError("no run is named", where="umbel plot", fix="umbel plot RUN FILE.png")
     if path:
         check_format(path)
-    if matrix:
+    if samples:
+        payload = _samples(wanted, path, store)
+    elif matrix:
         payload = _matrix(wanted, path, store)
     else:
         payload = _split(wanted, path) if split else _runs(wanted, path, metric, store)
@@ -67,6 +72,26 @@ def _runs(
     path = path or Path(f"{runs[0].entry.run_id if len(runs) == 1 else 'compare'}.png")
     metrics = draw_run(runs, path, metric)
     return {"file": str(path), "runs": list(entries), "metrics": metrics}
+
+
+def _samples(wanted: list[str], path: Path | None, store: str) -> dict[str, object]:
+    if len(wanted) != 1:
+        raise InputError(
+            f"one run is wanted, not {len(wanted)}: {', '.join(wanted)}",
+            where="umbel plot --samples",
+            fix="umbel plot --samples RUN FILE.png",
+        )
+    from umbel.server.store import RunStore
+    from umbel.simulations.pictures import draw_samples
+
+    opened = RunStore(store)
+    entry = opened.get(wanted[0])
+    saved = opened.latest(entry.run_id)
+    if saved is None:
+        raise InputError("no round is committed", where=entry.run_id, fix="let it run first")
+    path = path or Path(f"{entry.run_id}-samples.png")
+    rows, columns = draw_samples(entry.run, saved.model, path)
+    return {"file": str(path), "runs": [entry.run_id], "rows": rows, "columns": columns}
 
 
 def _matrix(wanted: list[str], path: Path | None, store: str) -> dict[str, object]:

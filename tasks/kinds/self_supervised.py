@@ -12,6 +12,7 @@ from umbel.core.errors import InputError
 from umbel.core.run_file import Part
 from umbel.core.settings import Count, Fraction, NonNegative, Share
 from umbel.datasets.federated import Info
+from umbel.tasks.draws import repeated
 from umbel.tasks.models.build import builder
 from umbel.tasks.self_supervised.build import method_of
 from umbel.tasks.self_supervised.networks import follow
@@ -77,13 +78,6 @@ def self_supervised(
     def losses(forward: Forward, batch: Batch) -> Tensor:
         return way.losses(forward, batch["x"], view)
 
-    def test_losses(forward: Forward, batch: Batch) -> Tensor:
-        x = batch["x"]
-        cards = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cards):  # the same views each time
-            torch.manual_seed(0)
-            return losses(forward, batch)
-
     def metrics(forward: Forward, batch: Batch) -> Mapping[str, Tensor]:
         h = forward(batch["x"])[:, :width]
         found = {"spread": spread(h)}
@@ -97,7 +91,7 @@ def self_supervised(
         few = forward(batch["x"][:LOOK])[:, :width]
         return {"spread": spread(few)[:1].expand(len(batch["x"]))}
 
-    test = Task(build, test_losses, metrics, decomposable=False)
+    test = Task(build, repeated(losses), metrics, decomposable=False)
     return Task(
         build,
         losses,

@@ -36,7 +36,8 @@ class Row(NamedTuple):
     """A strategy and the settings with which it finds the optimum of a quadratic in 150 rounds.
 
     ``agreed``: where all clients have the same one. A rule that trusts no client alone finds no
-    mean of clients that contradict each other. ``adapts``: after one step of the learned rates.
+    mean of clients that contradict each other; k-means counts examples, which have no number here.
+    ``adapts``: after one step of the learned rates.
     """
 
     name: str
@@ -59,6 +60,7 @@ TABLE = [
     Row("fedbuff", {"buffer": 2}),
     Row("fedcurv", {"strength": 0.1}, agreed=True),
     Row("feddyn", {"alpha": 0.1}),
+    Row("fedema", {"tau": 0.2}, agreed=True),
     Row("fedex-lora", {}),
     Row("fedit", {}),
     Row("fednova", {}),
@@ -66,6 +68,7 @@ TABLE = [
     Row("fedprox", {"mu": 0.1}),
     Row("fedrep", {"head": "half"}),
     Row("fedsa-lora", {}),
+    Row("fedu", {"predictor": "half"}),
     Row("fedyogi", {"server_lr": 0.1, "tau": 0.1}),
     Row("ffa-lora", {}),
     Row("flexlora", {}),
@@ -74,6 +77,7 @@ TABLE = [
     Row("fomaml", {"inner_lr": 0.1}),
     Row("geometric-median", {}, agreed=True),
     Row("gradnorm", {}),
+    Row("kmeans", {}, agreed=True),
     Row("krum", {"f": 0}, agreed=True),
     Row("lgfedavg", {"head": "[!h]*"}),
     Row("maml", {"inner_lr": 0.1}),

@@ -1,0 +1,1 @@
+"""Learning what examples look like: decoders, likelihoods, and how near samples come."""
