@@ -135,17 +135,22 @@ class Ledger:
         owner = about.get("owner", "")
         return cls(path, owner=owner, unit=unit, relation=relation, delta=delta)
 
-    def debit(self, entry: Entry) -> Spent:
+    def debit(self, entry: Entry, run_budget: float | None = None) -> Spent:
         """Writes ``entry`` down, durably, before it returns.
 
+        Args:
+            entry: what is about to run.
+            run_budget: the most epsilon that the entry's run may spend of this ledger, at its
+                delta; ``None``: no bound but the ledger's own.
+
         Raises:
-            RefusedError: it would pass the budget. Nothing is spent; the refusal is noted.
+            RefusedError: it would pass a budget. Nothing is spent; the refusal is noted.
             InputError: the entry has another unit or relation, or other values stand under its key.
             RunError: the file failed: nothing may be released.
         """
-        return self.debit_all([entry])[0]
+        return self.debit_all([entry], run_budget)[0]
 
-    def debit_all(self, entries: Sequence[Entry]) -> list[Spent]:
+    def debit_all(self, entries: Sequence[Entry], run_budget: float | None = None) -> list[Spent]:
         """As :meth:`debit`, for all or none: one refusal refuses the lot."""
         for entry in entries:
             self._check(entry)
@@ -158,7 +163,7 @@ class Ledger:
         seconds = int(time.time())
         with self._lock:
             try:
-                return self._write(entries, seconds)
+                return self._write(entries, seconds, run_budget)
             except RefusedError as refusal:
                 with self._file.write() as connection:
                     self._file.refuse(connection, refusal.where, refusal.message, seconds)
@@ -173,7 +178,9 @@ class Ledger:
             return False
         return True
 
-    def _write(self, entries: Sequence[Entry], seconds: int) -> list[Spent]:
+    def _write(
+        self, entries: Sequence[Entry], seconds: int, run_budget: float | None
+    ) -> list[Spent]:
         with self._file.write() as connection:
             self._refresh(*self._file.spending(connection, self._last))
             standing = self._file.standing(connection, entries)
@@ -185,6 +192,8 @@ class Ledger:
                         fix="give another attempt its own word",
                     )
             fresh = [e for e in entries if e.key not in standing]
+            if run_budget is not None:
+                self._keep_run_budget(list(self._file.lines(connection)), fresh, run_budget)
             after = self._after(fresh)
             self._file.append(connection, [(e, dump(e.mechanism)) for e in fresh], seconds)
         accounts = [after.get(e.client) or self._account(e.client) for e in entries]
@@ -351,6 +360,24 @@ class Ledger:
                 fix="keep the model that there is; more needs a larger budget, or data that "
                 "was not used before",
             )
+
+    def _keep_run_budget(
+        self, lines: Sequence[Line], entries: Sequence[Entry], budget: float
+    ) -> None:
+        for entry in entries:
+            mine = _Account()
+            for before in (*(line.entry for line in lines), entry):
+                if (before.run, before.client) == (entry.run, entry.client):
+                    mine.add(before.mechanism, before.steps)
+            if epsilon(mine.history, self.delta, "rdp").epsilon <= budget:
+                continue
+            if (would := pld_epsilon(mine.history, self.delta)) > budget:
+                raise RefusedError(
+                    f"the run declares epsilon {budget:g}, and with this round it would have spent "
+                    f"{would:.4g} of these data at delta {self.delta:g}",
+                    where=entry.where,
+                    fix="ask its server: its noise is too low for what it declares",
+                )
 
     def _within_plan(self, client: str, history: History) -> bool:
         plan = self._planned(client)

@@ -235,3 +235,29 @@ def test_a_site_keeps_its_own_budget_and_delta_whatever_the_server_says(tmp_path
 def test_a_site_without_a_place_for_its_ledger_does_not_train_privately() -> None:
     with pytest.raises(InputError, match="no place for its ledger"):
         site_ledger.account("a", {})
+
+
+def test_a_run_is_held_to_the_epsilon_that_it_declares(tmp_path: Path) -> None:
+    """A server that calibrates honestly is never refused; one that lowers the noise is, at once."""
+    from umbel.server.private_plan import calibrated
+
+    mine = site_ledger.account("a", {"ledger": str(tmp_path)})
+    quick = {"noise_multiplier": None, "epsilon": 2.0, "accountant": "rdp"}
+    asked = made(privacy=quick, run={"rounds": 4})
+    honest = calibrated(asked, [100, 100])
+    noise = honest.privacy.noise_multiplier
+    assert noise is not None
+    for number in range(1, 5):
+        spent = site_ledger.debit(mine, honest, "honest", number, 100)
+    assert spent.epsilon > 1.9
+    lowered = made(privacy={"noise_multiplier": noise / 4, "epsilon": 2.0}, run={"rounds": 4})
+    with pytest.raises(RefusedError, match="its noise is too low"):
+        site_ledger.debit(mine, lowered, "lowered", 1, 100)
+    longer = made(privacy={"noise_multiplier": noise, "epsilon": 2.0}, client={"local_epochs": 4})
+    with pytest.raises(RefusedError, match="declares epsilon 2"):
+        site_ledger.debit(mine, longer, "honest", 5, 100)
+    # nor does it help to claim that the site holds more: the site counts itself
+    claimed = calibrated(asked, [100_000])
+    with pytest.raises(RefusedError, match="declares epsilon 2"):
+        site_ledger.debit(mine, claimed, "claimed", 1, 100)
+    assert len(Ledger.opened(tmp_path / "data-example.db", 1e-5).lines()) == 4
