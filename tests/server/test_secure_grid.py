@@ -5,26 +5,31 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from umbel.client.flower.app import app as client_app
+from umbel.client.site_ledger import read
 from umbel.core import signing
 from umbel.core.errors import InputError
-from umbel.core.messages import MANIFEST, MODEL, SECURE
+from umbel.core.messages import MANIFEST, MODEL, SECURE, write_run
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates
 from umbel.core.run_file import RunFile, resolve
+from umbel.privacy.clipping import zeroing
 from umbel.privacy.secure_aggregation.terms import TERMS_BYTES
 from umbel.server.flower.grid import GridFederation
 from umbel.server.flower.secure_grid import SecureGrid
-from umbel.server.rounds import Cohort
+from umbel.server.private_sum import Parts
+from umbel.server.rounds import Cohort, Fold
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.prepare import Prepared, prepare
+from umbel.simulations.secure import SecureFederation
 
 
 def _load(name: str) -> ModuleType:
@@ -52,7 +57,7 @@ def _one_thread() -> Iterator[None]:
 def run_file(**tables: dict[str, Any]) -> RunFile:
     return resolve(
         {
-            "run": {"rounds": 2, "seed": 3},
+            "run": {"rounds": 2, "seed": 3} | tables.pop("run", {}),
             "data": {
                 "name": "breast-cancer",
                 "split": {"kind": "dirichlet", "clients": CLIENTS, "alpha": 1.0},
@@ -310,11 +315,209 @@ def test_a_run_of_sites_with_pinned_keys(tmp_path: Path) -> None:
     assert all("of another run, round or model" in f.reason for f in items)  # type: ignore[union-attr]
 
 
+def keys_forbidden(*_: object) -> None:
+    raise AssertionError("a kept set-up needs no new keys")
+
+
+def test_a_set_up_is_kept_for_the_same_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_file(run={"rounds": 5, "seed": 3}, secure={"keep_setup": True})
+    prepared = prepare(run)
+    wire: list[tuple[str, int, bytes]] = []
+
+    def listen(request: Message, answer: Callable[[], Message]) -> Message:
+        reply = answer()
+        if SECURE in request.content:
+            document = reply.content[MODEL][MODEL]
+            assert isinstance(document, bytes)
+            wire.append((stage_of(request), request.metadata.dst_node_id, document))
+        return reply
+
+    grid, secure = federation(run, listen)
+    first = whole(list(secure.train(plan(prepared, 1))))
+    assert all(set(state) == {"umbel.secure.train"} for state in grid.states.values())
+    stages, masked = [stage for stage, _, _ in wire], {n: d for s, n, d in wire if "masked" in s}
+    assert stages.count("secure_adverts") == stages.count("secure_shares") == CLIENTS
+    wire.clear()
+    monkeypatch.setattr("umbel.privacy.secure_aggregation.client.KeyPair", keys_forbidden)
+    second = whole(list(secure.train(plan(prepared, 2))))
+    assert second.participants == first.participants
+    # The first message has the kind that sites count rounds by; and there is one stage less.
+    assert [stage for stage, _, _ in wire].count("secure_adverts") == CLIENTS
+    assert "secure_shares" not in {stage for stage, _, _ in wire}
+    expected = plain(prepared, plan(prepared, 2))
+    for name, tensor in expected.delta.items():
+        torch.testing.assert_close(second.sums.delta[name], tensor, rtol=0, atol=1e-4)
+    # Fresh masks: as good as no word is the same.
+    for stage, node, document in wire:
+        if stage == "secure_masked":
+            assert sum(a == b for a, b in zip(document, masked[node], strict=False)) < 0.3 * len(
+                document
+            )
+    monkeypatch.undo()
+
+    # A node that was started anew has lost it: it costs that round, and the next has new keys.
+    grid.states.pop(1001)
+    (failure, *_) = (f for f in secure.train(plan(prepared, 3)) if isinstance(f, Failure))
+    assert "no_setup" in failure.reason
+    wire.clear()
+    fewer = plan(prepared, 4)
+    assert whole(list(secure.train(fewer))).participants == fewer.clients
+    assert {stage for stage, _, _ in wire} >= {"secure_adverts", "secure_shares"}
+    # After the last round nothing is left.
+    whole(list(secure.train(plan(prepared, 5))))
+    assert all(len(state) == 0 for state in grid.states.values())
+
+
+def test_another_cohort_has_another_set_up() -> None:
+    run = run_file(run={"rounds": 9, "seed": 3}, secure={"keep_setup": True})
+    prepared = prepare(run)
+    grid, secure = federation(run)
+    asked = plan(prepared, 1)
+    whole(list(secure.train(asked)))
+    before = {node: state["umbel.secure.train"]["setup"] for node, state in grid.states.items()}
+    there = asked.clients[1:]
+    fewer = TrainPlan(2, there, asked.model, len(there), run_id="r")
+    assert whole(list(secure.train(fewer))).participants == there
+    after = {node: state["umbel.secure.train"]["setup"] for node, state in grid.states.items()}
+    assert sum(before[node] != after[node] for node in before) == len(there)
+
+
+def test_a_set_up_ends_after_so_many_rounds_and_with_its_run() -> None:
+    from umbel.client.flower.secure_app import _take_setup
+    from umbel.client.secure import Round
+    from umbel.privacy.secure_aggregation.parameters import KEPT_ROUNDS
+
+    announced = Round(b"r" * 16, 7, bytes(32))
+
+    def found(run: bytes, used: int, *, fresh: bool) -> bytes | None:
+        context = Context(1, 1, {}, RecordDict(), {})
+        record = ConfigRecord({"run": run, "setup": b"secret", "used": used})
+        context.state["umbel.secure.train"] = record
+        setup = _take_setup(context, "train", announced, fresh=fresh)[0]
+        assert not context.state, "what was taken, or was another run's, is no longer there"
+        return setup
+
+    assert found(b"r" * 16, KEPT_ROUNDS - 2, fresh=True) == b"secret"
+    assert found(b"r" * 16, KEPT_ROUNDS - 1, fresh=True) is None
+    assert found(b"r" * 16, KEPT_ROUNDS - 1, fresh=False) == b"secret"
+    assert found(b"s" * 16, 0, fresh=True) is None
+
+
+def noisy(kind: str = "distributed-discrete-gaussian") -> RunFile:
+    run = run_file(
+        privacy={"unit": "client", "mechanism": kind, "noise_multiplier": 0.5},
+        strategy={"weights": "uniform"},
+        secure={"corrupt_fraction": 0.0},
+    )
+    return prepare(run).run
+
+
+def fold(run: RunFile, prepared: Prepared) -> Fold:
+    clip = zeroing(run.privacy.clip_norm, list(prepared.model().params), per_layer=False)
+    return Fold(run.strategy, 1.0, Parts(clip, frozenset(), 1.0))
+
+
+@pytest.mark.parametrize("kind", ["distributed-discrete-gaussian", "distributed-skellam"])
+def test_noise_of_the_clients_over_messages_is_that_in_process(kind: str) -> None:
+    run = noisy(kind)
+    prepared = prepare(run)
+    asked = replace(plan(prepared), fold=fold(run, prepared))
+    replies: list[Message] = []
+
+    def listen(request: Message, answer: Callable[[], Message]) -> Message:
+        replies.append(answer())
+        return replies[-1]
+
+    _, secure = federation(run, listen)
+    found = whole(list(secure.train(asked)))
+    inner = sequential(run, prepared.data, prepared.task, prepared.strategy.client)
+    expected = whole(list(SecureFederation(inner, run, prepared.strategy).train(asked)))
+    assert found.participants == expected.participants == asked.clients
+    assert found.training() == {}
+    for name, tensor in expected.sums.sums.delta.items():
+        assert torch.equal(found.sums.sums.delta[name], tensor)
+    assert all(b"loss" not in bytes_of(reply) for reply in replies)
+
+
+def test_at_sites_noise_is_drawn_by_the_system_and_debited(tmp_path: Path) -> None:
+    run = noisy()
+    prepared = prepare(run)
+    names = list(prepared.data.names)
+    keys = {name: signing.make_key(tmp_path / f"{name}.pem") for name in names}
+    peers = {name: signing.public_bytes(key) for name, key in keys.items()}
+    pinned = tmp_path / "peers.json"
+    pinned.write_text(json.dumps({name: key.hex() for name, key in peers.items()}))
+    configs = [
+        {
+            "client": name,
+            "identity": str(tmp_path / f"{name}.pem"),
+            "peers": str(pinned),
+            "ledger": str(tmp_path / name),
+        }
+        for name in names
+    ]
+    asked = replace(plan(prepared), fold=fold(run, prepared))
+    _, secure = federation(run, configs=configs, peers=peers)
+    one, two = (whole(list(secure.train(asked))).sums.sums.delta for _ in range(2))
+    assert not any(torch.equal(one[name], two[name]) for name in one)
+    (ledger,) = read(tmp_path / names[0])
+    assert [line["round"] for line in ledger["lines"]] == [1, 1]
+    assert ledger["lines"][0]["mechanism"]["rho"] == pytest.approx(2.0)
+    assert "noise of" in ledger["lines"][0]["mechanism"]["name"]
+
+
+def test_a_hostile_server_gets_no_vector_under_weaker_terms() -> None:
+    """Residues in a run without noise would wrap around unseen; a larger cohort than the noise is
+    sized for may have more corrupt members."""
+    plainly, run = run_file(), noisy()
+    for mine, modular in ((plainly, True), (run, False)):
+        prepared = prepare(mine)
+        _, secure = federation(mine)
+        asked = replace(plan(prepared), fold=fold(run, prepared) if mine is run else None)
+        honest = secure._carry_out
+
+        def switched(
+            purpose: str,
+            given: Any,
+            groups: Any,
+            shape: Any,
+            document: bytes,
+            honest: Any = honest,
+            modular: bool = modular,
+        ) -> Any:
+            other = shape._replace(modular=modular, value_bits=32 if modular else 29)
+            return honest(purpose, given, groups, other, document)
+
+        secure._carry_out = switched  # type: ignore[method-assign]
+        items = list(secure.train(asked))
+        assert len(items) == CLIENTS
+        # Its own terms are others, so that no message of the round is one to it.
+        assert all("another run, round or model" in f.reason for f in items)  # type: ignore[union-attr]
+
+    def shrink(request: Message, answer: Callable[[], Message]) -> Message:
+        if SECURE in request.content:
+            manifest = json.loads(str(request.content[MANIFEST][MANIFEST]))
+            manifest["run"]["strategy"]["cohort"] = CLIENTS - 1
+            request.content[MANIFEST] = ConfigRecord({MANIFEST: json.dumps(manifest)})
+        return answer()
+
+    smaller = run.model_copy(update={"strategy": run.strategy.model_copy(update={"cohort": 3})})
+    _, secure = federation(run, shrink)
+    secure._tables = write_run(smaller)
+    prepared = prepare(run)
+    items = list(secure.train(replace(plan(prepared), fold=fold(run, prepared))))
+    assert len(items) == CLIENTS
+    assert all("noise and ring are for 3" in item.reason for item in items)  # type: ignore[union-attr]
+
+
 def test_masks_are_never_skipped_at_sites() -> None:
     with pytest.raises(InputError, match="accounting_only masks nothing"):
         federation(run_file(secure={"accounting_only": True}))
     with pytest.raises(InputError, match="share of all examples"):
         federation(run_file(strategy={"name": "scaffold"}))
+    unseen = {"unit": "client", "noise_multiplier": 1.0}
+    with pytest.raises(InputError, match="distributed-discrete-gaussian"):
+        federation(run_file(privacy=unseen))
     with pytest.raises(InputError, match="no pinned identity key"):
         federation(run_file(), peers={})
 
