@@ -138,3 +138,25 @@ def test_one_run_after_another_each_beside_the_one_before(tmp_path: Path) -> Non
 def shortened(tmp_path: Path, name: str, *overrides: str) -> RunFile:
     recipe = str(files("umbel.simulations.recipes").joinpath(f"{name}.toml"))
     return load(recipe, [f"run.store={tmp_path}", "run.processes=0", *overrides])
+
+
+@pytest.mark.slow
+def test_the_preference_recipes_learn_what_was_preferred(tmp_path: Path) -> None:
+    reward = simulate(shortened(tmp_path, "reward", "run.rounds=2"))
+    assert reward.metrics["accuracy"] >= 0.85
+    assert min(own["accuracy"] for own in reward.per_client.values()) > 0.7
+    dpo = simulate(shortened(tmp_path, "dpo", "run.rounds=2"))
+    assert dpo.metrics["loss"] < 0.6
+    assert dpo.metrics["accuracy"] > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "least"), [("grpo", 0.4), ("ppo", 0.5)])
+def test_the_reward_recipes_earn_more_and_do_not_stray(
+    tmp_path: Path, kind: str, least: float
+) -> None:
+    begun = shortened(tmp_path, kind, "run.rounds=1", "client.lr=1e-12")
+    assert simulate(begun).metrics["reward"] < 0.1
+    found = simulate(shortened(tmp_path, kind, "run.rounds=8", "evaluate.every=0"))
+    assert found.metrics["reward"] >= least
+    assert found.metrics["kl"] < 7
