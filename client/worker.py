@@ -29,8 +29,8 @@ from umbel.core.errors import RunError
 
 SERVICE = "umbel.site.Worker"
 PIECE = 1 << 20
-START_SECONDS = 180.0
-"""How long a child may take to import what it needs, on a loaded machine."""
+START_SECONDS = 600.0
+"""How long a child may take to import what it needs, on a small or busy machine."""
 
 
 class WorkerDiedError(Exception):

@@ -58,14 +58,14 @@ class Network:
     def __enter__(self) -> Network:
         try:
             if not self.server.settings_file.exists():
-                self._provision()
+                self.provision()
             self.hosting.prepare(self.folder)
             self.start(SERVER)
             for name in self.sites:
                 self.start(name)
-            self.wait_for(lambda: self._online() >= self.sites.keys(), "the sites")
+            self.wait_for(lambda: self.online() >= self.sites.keys(), "the sites")
         except BaseException:
-            self._stop()
+            self.stop()
             raise
         return self
 
@@ -75,7 +75,7 @@ class Network:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stop()
+        self.stop()
 
     @property
     def address(self) -> str:
@@ -169,11 +169,18 @@ class Network:
                 raise RunError(f"{what} took too long", where=tails)
             time.sleep(0.1)
 
-    def _provision(self) -> None:
+    def provision(self, port: int | None = None) -> None:
+        """Makes the server and the sites, and lets the sites join; done on entry, where it is not.
+
+        Args:
+            port: that sites connect to; ``None``: a free one.
+        Raises:
+            InputError: there is a federation in the folder.
+        """
         from umbel.deploy import provisioning
         from umbel.server.flower import link
 
-        port = free_ports(1)[0]
+        port = free_ports(1)[0] if port is None else port
         made = provisioning.init_server(self.server, self.hosting.names, port)
         with self.server.settings_file.open("a", encoding="utf-8") as file:
             file.write(f'listen = "{self.hosting.listen}"\n')
@@ -186,13 +193,15 @@ class Network:
         for name, site in self.sites.items():  # now that all are members, each kit names all
             provisioning.join(site, provisioning.write_kit(self.server, name), made.fingerprint)
 
-    def _online(self) -> set[str]:
+    def online(self) -> set[str]:
+        """The sites that are there."""
         return {n for n, s in server_state(self.server).sites.items() if s["online"]}
 
     def _tail(self, name: str) -> str:
         return f"{name}: " + " | ".join(self.log(name).strip().splitlines()[-5:])
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Ends all."""
         for member in reversed(self._members.values()):
             member.send(signal.SIGTERM)
         until = time.monotonic() + 2 * STOP_SECONDS

@@ -36,10 +36,11 @@ def start(folder: ServerFolder, report: Callable[[str], None]) -> None:
         raise InputError(
             "this server runs already", where=str(folder.path), fix="end the other process"
         )
-    _is_free(settings.listen, settings.port)
+    port = settings.listen_port or settings.port
+    _is_free(settings.listen, port)
     factory = open_factory(folder.link_database)
     largest = settings.max_message_mb * 1_000_000
-    door = Door(settings.listen, settings.port, folder.certificate, folder.certificate_key, largest)
+    door = Door(settings.listen, port, folder.certificate, folder.certificate_key, largest)
     server = fleet_server(factory, door)
     last = 0.0
 
@@ -59,7 +60,7 @@ def start(folder: ServerFolder, report: Callable[[str], None]) -> None:
     manager = Manager(folder, report, status)
     manager.start()
     try:
-        report(f"listening on {settings.listen}:{settings.port} as {', '.join(settings.hosts)}")
+        report(f"listening on {settings.listen}:{port} as {', '.join(settings.hosts)}")
         _serve(server)
     finally:
         manager.close()

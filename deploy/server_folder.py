@@ -41,6 +41,8 @@ class ServerSettings(Settings):
     """The address that it listens on."""
     port: int = pydantic.Field(8443, ge=1, le=65535)
     """The port that sites connect to."""
+    listen_port: int | None = pydantic.Field(None, ge=1, le=65535)
+    """The port that it listens on, where something passes ``port`` on to it; ``None``: ``port``."""
     max_message_mb: Count = 2048
     """The largest message that a known site may send; anybody else: 64 kB."""
     wait_seconds: Count = 600

@@ -22,6 +22,7 @@ class ServerState(NamedTuple):
         job: the run under way, by its id in the queue.
         sites: member -> ``online``, and ``seen``: until when it counts as online.
         up: whether that process has said so within half a minute.
+        run_pid: the process of the run under way.
     """
 
     running: bool
@@ -29,6 +30,7 @@ class ServerState(NamedTuple):
     job: str | None
     sites: Mapping[str, Mapping[str, Any]]
     up: bool = False
+    run_pid: int | None = None
 
 
 def server_state(folder: ServerFolder) -> ServerState:
@@ -47,4 +49,11 @@ def server_state(folder: ServerFolder) -> ServerState:
         table, fresh = {}, False
     if not running or not fresh:
         return ServerState(running, table.get("pid") if running else None, None, nobody)
-    return ServerState(True, table["pid"], table.get("job"), {**nobody, **table["sites"]}, True)
+    return ServerState(
+        True,
+        table["pid"],
+        table.get("job"),
+        {**nobody, **table["sites"]},
+        True,
+        table.get("run_pid"),
+    )

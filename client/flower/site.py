@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
@@ -53,6 +53,19 @@ log = logging.getLogger("umbel.site")
 T = TypeVar("T")
 
 
+class Works(Protocol):
+    """What does a site's work, as :class:`~umbel.client.worker.Worker`."""
+
+    def warm(self) -> None:
+        """Makes ready."""
+
+    def answer(self, document: bytes, seconds: float | None) -> bytes:
+        """Carries out a request."""
+
+    def stop(self) -> None:
+        """Ends."""
+
+
 class Served(NamedTuple):
     """What a site did in its life."""
 
@@ -66,12 +79,18 @@ class Site:
     Args:
         folder: of a site that has joined.
         report: called with what an operator should know.
+        worker: made of the worker's settings; ``None``: a child process.
     Raises:
         InputError: the site has not joined, its policy is missing, its keys are open to others, or
             it runs already.
     """
 
-    def __init__(self, folder: SiteFolder, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: SiteFolder,
+        report: Callable[[str], None],
+        worker: Callable[[dict[str, Any]], Works] | None = None,
+    ) -> None:
         if loose := folder.loose():
             raise InputError(
                 "others may read the site's private files",
@@ -92,17 +111,13 @@ class Site:
         self._guard = Guard(folder, self._kit)
         self._inbox = folder.state / "inbox"
         self._inbox.mkdir(mode=0o700, exist_ok=True)
-        self._worker = Worker(
-            [sys.executable, "-P", "-m", "umbel.client.flower.site_worker"],
-            {
-                "name": self._settings.name,
-                "data": self._settings.data,
-                "threads": self._settings.threads,
-                "folder": str(folder.path),
-            },
-            folder.logs / "worker.log",
-            _switches(folder),
-        )
+        about = {
+            "name": self._settings.name,
+            "data": self._settings.data,
+            "threads": self._settings.threads,
+            "folder": str(folder.path),
+        }
+        self._worker: Works = (worker or self._child)(about)
         self._answered = self._refused = 0
 
     def run(self) -> Served:
@@ -126,6 +141,11 @@ class Site:
             assert self._lock is not None
             self._lock.close()
         return Served(self._answered, self._refused)
+
+    def _child(self, about: dict[str, Any]) -> Worker:
+        command = [sys.executable, "-P", "-m", "umbel.client.flower.site_worker"]
+        log_file = self._folder.logs / "worker.log"
+        return Worker(command, about, log_file, _switches(self._folder))
 
     def _connect(self, key: bytes) -> Fleet:
         kit: Kit = self._kit
