@@ -9,6 +9,7 @@ from umbel.core import randomness, registry, run_file, settings
 from umbel.core.trees import Model
 from umbel.datasets.federated import Info
 from umbel.tasks.begin import begun
+from umbel.tasks.curriculum import paced
 from umbel.tasks.task import Task
 
 
@@ -16,7 +17,8 @@ def build_task(section: run_file.Task, info: Info) -> Task:
     """The task that ``[task]`` names, for data such as ``info`` describes.
 
     Raises:
-        InputError: no such task or model, or a parameter that is not its own.
+        InputError: no such task or model, a parameter that is not its own, or a curriculum for a
+            task that chooses its examples itself.
     """
     factory = registry.find("tasks", section.kind, "[task]")
     owner = f"task '{section.kind}'"
@@ -24,7 +26,8 @@ def build_task(section: run_file.Task, info: Info) -> Task:
     table = settings.arguments(factory, section.parameters(), "[task]", owner, also=also)
     task: Task = factory(info, section.model, **table)
     build, around = begun(task.build, section), task.around
-    return task._replace(build=build if around is None else lambda: around(build()))
+    task = task._replace(build=build if around is None else lambda: around(build()))
+    return task if section.curriculum is None else paced(task, section.curriculum, info)
 
 
 def initial_module(task: Task, seed: int) -> nn.Module:

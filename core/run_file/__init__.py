@@ -13,6 +13,7 @@ from umbel.core.run_file.studies import Attack, Continual, Sought, Tune
 from umbel.core.run_file.tables import (
     Adapter,
     Client,
+    Curriculum,
     Data,
     EarlyStopping,
     Evaluate,
@@ -32,6 +33,7 @@ __all__ = [
     "Attack",
     "Client",
     "Continual",
+    "Curriculum",
     "Data",
     "EarlyStopping",
     "Evaluate",

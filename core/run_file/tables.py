@@ -94,6 +94,20 @@ class Adapter(Open):
     """Name of an adapter, or ``module:object``; further keys are its own."""
 
 
+class Curriculum(Settings):
+    """``[task.curriculum]``: each round trains on the examples that the model finds easiest."""
+
+    start: Share = 0.3
+    """The share of a client's examples that the first round trains on; with classes, of each class.
+    1: all, and no curriculum."""
+    full: Share = 0.5
+    """The share of the rounds from which on all examples are trained on."""
+    pace: Literal["linear", "root", "exponential"] = "linear"
+    """How the share grows with the rounds: itself, its square, or its logarithm evenly."""
+    order: Literal["easy", "hard"] = "easy"
+    """Which come first: those of small loss, or of large."""
+
+
 class Task(Open):
     """``[task]``: what is learned."""
 
@@ -107,6 +121,8 @@ class Task(Open):
     init_from: str | Annotated[tuple[str, ...], pydantic.Strict(False)] | None = None
     """Where the model begins: a run of the store, a run's folder or a ``.safetensors`` file; or
     several, such as a base model's and an adapter's. ``None``: as the seed initialises it."""
+    curriculum: Curriculum | None = None
+    """``None``: every round trains on all examples."""
 
 
 class Schedule(Settings):

@@ -80,3 +80,48 @@ def test_the_walkthrough_with_state_is_that_of_the_built_in_file() -> None:
     header, _, body = str(block).partition("\n")
     for part in (header, *body.split("\n\n")):
         assert part.rstrip() in source
+
+
+WALKTHROUGHS = {
+    "meta": "strategies/fomaml.py",
+    "personal": "strategies/fedper.py",
+    "asynchronous": "strategies/fedbuff.py",
+    "robust": "strategies/trimmed_mean.py",
+    "defence": "strategies/defences/ewc.py",
+}
+
+
+@pytest.mark.parametrize(("family", "file"), WALKTHROUGHS.items())
+def test_the_walkthrough_of_each_family_is_that_of_the_built_in_file(
+    family: str, file: str
+) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"<!-- {family} -->\n```python\n(.*?)```", text, re.DOTALL)
+    source = (ROOT / file).read_text(encoding="utf-8")
+    for part in str(block).split("\n\n"):
+        assert part.rstrip() in source
+
+
+@pytest.mark.parametrize("name", sorted(registry.known("defences")))
+def test_every_defence_has_its_line_in_the_docs(name: str) -> None:
+    page = (ROOT / "docs" / "continual.md").read_text(encoding="utf-8")
+    assert re.search(rf"^- `{re.escape(name)}`: \w", page, re.MULTILINE)
+
+
+def test_a_defence_may_be_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "my_defences"
+    package.mkdir()
+    source = (ROOT / "strategies" / "defences" / "ewc.py").read_text(encoding="utf-8")
+    (package / "ewc.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for name in ("my_defences.ewc:ewc", "ewc"):
+        table = {
+            "run": {"rounds": 4, "seed": 5, "store": str(tmp_path / "runs")},
+            "data": {"name": "digits", "split": {"kind": "iid", "clients": 3}},
+            "task": {"kind": "classification"},
+            "continual": {"experiences": 2, "defence": {"name": name, "examples": 3}},
+            "evaluate": {"every": 0},
+        }
+        found.append(model(simulate(resolve(table), engine="sequential")))
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[1])
