@@ -1,11 +1,11 @@
-"""Digits, clients with few classes, few labels: what federation buys an encoder without labels.
+"""Digits, a class or two a client, few labels: what federation buys an encoder without labels.
 
     python -m umbel.simulations.benchmarks.self_supervised
 
 For each method: the accuracy of logistic regression on five labelled images of each digit (mean
 over 20 draws of them), given the encoder untrained, trained by one client alone (the mean of the
-first three), and by the federation. One client trains for as many epochs as it does in the
-federation.
+first three), by the federation, and on all examples in one place. All go through their examples
+equally often.
 """
 
 from __future__ import annotations
@@ -23,22 +23,34 @@ from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 
 from umbel.client.training import ClientRuntime
+from umbel.core import registry
 from umbel.core.run_file import RunFile, resolve
 from umbel.core.trees import Model, map_tree
 from umbel.server.store import RunStore
 from umbel.simulations.prepare import Prepared, prepare
 from umbel.simulations.simulate import simulate
 
-METHODS = ("simclr", "byol", "simsiam", "barlow-twins")
 LABELS, DRAWS, ALONE = 5, 20, 3
 
+PATCHED = ("mae", "i-jepa")
+"""Methods that train a ``vit``, whose codes are as long as the others'."""
 
-def run_file(method: str, rounds: int, store: str, seed: int) -> RunFile:
-    """The recipe, with another method."""
+
+def run_file(method: str, rounds: int | None, store: str, seed: int, pooled: bool) -> RunFile:
+    """The recipe, with another method; ``pooled``: all examples at one client."""
     recipe = files("umbel.simulations.recipes").joinpath("digits-simclr.toml").read_text()
     table: dict[str, Any] = tomllib.loads(recipe)
-    table["run"] |= {"rounds": rounds, "store": store, "seed": seed}
-    table["task"] |= {"method": method}
+    table["run"] |= {"store": store, "seed": seed}
+    if rounds is not None:
+        table["run"]["rounds"] = rounds
+    if method != table["task"]["method"]:
+        table["task"]["method"] = method
+    if method in PATCHED:
+        width = table["task"]["embedding"]
+        table["task"]["model"] = {"name": "vit", "patch": 2, "width": width, "heads": 2}
+    if pooled:
+        table["data"]["split"] = {"kind": "iid", "clients": 1}
+        table["strategy"]["cohort"] = 1
     table["evaluate"] |= {"every": 0}
     return resolve(table)
 
@@ -47,13 +59,11 @@ def few_labels(prepared: Prepared, model: Model) -> float:
     """The accuracy on the test part of a classifier that saw ``LABELS`` images of each class."""
     data = prepared.data
     module = ClientRuntime(prepared.run, prepared.task, prepared.strategy.client).module(model)
-    test, width = data.test, prepared.run.task.parameters()["embedding"]
+    test, encoder = data.test, module.eval().get_submodule("encoder")
     assert test is not None
     with torch.no_grad():
-        module.eval()
         seen, asked = (
-            module(torch.from_numpy(x.copy()))[:, :width].numpy()
-            for x in (data.train["x"], test["x"])
+            encoder(torch.from_numpy(x.copy())).numpy() for x in (data.train["x"], test["x"])
         )
     mean, deviation = seen.mean(0), seen.std(0) + 1e-6
     seen, asked = (seen - mean) / deviation, (asked - mean) / deviation
@@ -83,26 +93,35 @@ def alone(prepared: Prepared, client: int) -> Model:
     return model
 
 
-def row(method: str, rounds: int, seed: int) -> tuple[float, float, float]:
-    """The accuracy untrained, of one client's encoder, and of the federation's."""
+def trained(run: RunFile) -> Model:
+    """The model that a run ends with."""
+    outcome = simulate(run)
+    saved = RunStore(run.run.store).latest(outcome.run_id)
+    assert saved is not None
+    return saved.model
+
+
+def row(method: str, rounds: int | None, seed: int) -> tuple[float, float, float, float]:
+    """The accuracy untrained, of one client's encoder, of the federation's, and of the pooled."""
     with tempfile.TemporaryDirectory() as store:
-        prepared = prepare(run_file(method, rounds, store, seed))
-        outcome = simulate(prepared.run)
-        federated = RunStore(store).latest(outcome.run_id)
-        assert federated is not None
-        single = [few_labels(prepared, alone(prepared, c)) for c in range(ALONE)]
+        prepared = prepare(run_file(method, rounds, store, seed, pooled=False))
         untrained = few_labels(prepared, prepared.model())
-        return untrained, float(np.mean(single)), few_labels(prepared, federated.model)
+        single = [few_labels(prepared, alone(prepared, c)) for c in range(ALONE)]
+        federated = few_labels(prepared, trained(prepared.run))
+        pooled = few_labels(prepared, trained(run_file(method, rounds, store, seed, pooled=True)))
+        return untrained, float(np.mean(single)), federated, pooled
 
 
 def main() -> None:
     """Prints the table."""
+    methods = list(registry.known("methods"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=None, help="default: the recipe's")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", nargs="*", choices=METHODS, default=METHODS)
+    parser.add_argument("--only", nargs="*", choices=methods, default=methods)
     given = parser.parse_args()
-    table = Table("digits, 5 labels a class", "untrained", "one client", "federated")
+    columns = "untrained", "one client", "federated", "in one place"
+    table = Table("digits, 5 labels a class", *columns)
     for method in given.only:
         table.add_row(method, *(f"{v:.3f}" for v in row(method, given.rounds, given.seed)))
     Console(width=100).print(table)
