@@ -66,12 +66,15 @@ class Request(NamedTuple):
         round: 0 for the greeting.
         client: whom it is for; empty in the greeting.
         run_id: under which it keeps what it keeps from round to round.
+        base: hash of the parameters that nobody trains or sends, of the server's model; ``None``:
+            there are none, or this is the greeting.
     """
 
     run: RunFile
     round: int
     client: str
     run_id: str = ""
+    base: str | None = None
 
 
 class _Reply(Settings):
@@ -166,7 +169,11 @@ def write_run(run: RunFile) -> dict[str, Any]:
 
 
 def write_request(
-    tables: Mapping[str, Any], round_number: int, client: str, run_id: str = ""
+    tables: Mapping[str, Any],
+    round_number: int,
+    client: str,
+    run_id: str = "",
+    base: str | None = None,
 ) -> str:
     """A request; ``tables`` are :func:`write_run`'s."""
     return _json(
@@ -176,6 +183,7 @@ def write_request(
             "round": round_number,
             "client": client,
             "run_id": run_id,
+            "base": base,
         }
     )
 
@@ -194,8 +202,8 @@ def read_request(text: object) -> Request:
             fix="run the same version of Umbel on the server and at the sites",
         )
     run = run_file.resolve(table.get("run") or {}, "server's message")
-    run_id = str(table.get("run_id", ""))
-    return Request(run, int(table["round"]), str(table["client"]), run_id)
+    run_id, base = str(table.get("run_id", "")), table.get("base")
+    return Request(run, int(table["round"]), str(table["client"]), run_id, base)
 
 
 def write_reply(reply: Hello | Answer | Problem) -> str:

@@ -17,6 +17,7 @@ from umbel.server.records import RoundRecord
 from umbel.server.resume import same_run
 from umbel.server.store import RunStore
 from umbel.strategies.build import build_strategy
+from umbel.tasks.begin import base_hash
 from umbel.tasks.build import build_task, initial_module, model_of
 
 
@@ -71,7 +72,7 @@ def serve(
     params, buffers = model_of(module)
     store = RunStore(run.run.store)
     if resume is None:
-        run_id = store.create(run, engine=engine, text=text)
+        run_id = store.create(run, engine=engine, text=text, base_model=base_hash(module))
     else:
         entry = store.get(resume)
         run_id = entry.run_id

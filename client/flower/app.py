@@ -286,8 +286,14 @@ def _runtime(
 
     with _stage("task"):
         tables = json.dumps(messages.write_run(request.run), sort_keys=True)
-        runtime, own, shared = _build(tables, json.dumps(asdict(site.data.info)), seeded)
+        runtime, own, shared, base = _build(tables, json.dumps(asdict(site.data.info)), seeded)
     with _stage("model"):
+        if request.base != base:
+            raise InputError(
+                "what is frozen differs from the server's",
+                where="server's message",
+                fix="do both sides read the same files of [task] init_from and model.path?",
+            )
         document = message.content[messages.MODEL][messages.MODEL]
         if not isinstance(document, bytes):
             raise InputError("no tensors", where="server's message")
@@ -313,13 +319,15 @@ def _load(section: str, seed: int) -> FederatedData:
 
 
 @functools.lru_cache(maxsize=1)
-def _build(tables: str, info: str, seeded: bool) -> tuple[ClientRuntime, Model, Tree]:
+def _build(tables: str, info: str, seeded: bool) -> tuple[ClientRuntime, Model, Tree, str | None]:
+    """The runtime, the initial model and what is sent besides, and the hash of what is frozen."""
     from umbel.client.training import ClientRuntime
     from umbel.core import run_file
     from umbel.core.trees import flatten
     from umbel.datasets.federated import Info
     from umbel.privacy.sources import seeded_sources
     from umbel.strategies.build import build_strategy
+    from umbel.tasks.begin import base_hash
     from umbel.tasks.build import build_task, initial_module, model_of
 
     run = run_file.resolve(json.loads(tables))
@@ -327,11 +335,12 @@ def _build(tables: str, info: str, seeded: bool) -> tuple[ClientRuntime, Model, 
     task = build_task(run.task, Info(**{**fields, "input_shape": tuple(fields["input_shape"])}))
     strategy = build_strategy(run.strategy)
     sources = seeded_sources(run.run.seed) if seeded else None  # at a site never
-    own = strategy.travelling(model_of(initial_module(task, run.run.seed)))
+    module = initial_module(task, run.run.seed)
+    own = strategy.travelling(model_of(module))
     shared: Tree = {}
     if strategy.broadcast is not None:
         shared = flatten(strategy.broadcast(own.params, strategy.init(own.params)))
-    return ClientRuntime(run, task, strategy.client, sources), own, shared
+    return ClientRuntime(run, task, strategy.client, sources), own, shared, base_hash(module)
 
 
 def _shown(run: RunFile, count: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,8 @@ from umbel.core.payloads import (
 )
 from umbel.core.run_file import RunFile
 from umbel.datasets.federated import Info
+from umbel.tasks.begin import base_hash
+from umbel.tasks.build import build_task, initial_module
 
 # What Flower says when its own machinery could not deliver or run a message, by its error code.
 # Its reasons may quote a client's exception and are never passed on.
@@ -248,6 +251,11 @@ class GridFederation:
             else:
                 yield client, reply
 
+    @cached_property
+    def _base(self) -> str | None:
+        """Of the frozen parameters as this side builds them; every client compares its own."""
+        return base_hash(initial_module(build_task(self.run.task, self.info), self.run.run.seed))
+
     def _message(
         self,
         kind: str,
@@ -260,7 +268,8 @@ class GridFederation:
     ) -> Message:
         # Two records: Flower stores what is equal once, and the model is equal for all clients.
         # The time to live keeps a late client from working through the rounds that it missed.
-        request = messages.write_request(self._tables, round_number, client, run_id)
+        base = self._base if round_number else None
+        request = messages.write_request(self._tables, round_number, client, run_id, base)
         content = RecordDict({MANIFEST: ConfigRecord({MANIFEST: request}), **records})
         return Message(content, node, kind, ttl=deadline, group_id=str(round_number))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -323,6 +324,31 @@ def test_a_model_that_is_not_the_tasks_is_refused_by_the_client() -> None:
     params = {name: t[..., :-1] for name, t in prepared.model().params.items() if t.ndim > 1}
     wrong = TrainPlan(1, ["c0"], Model(params, {}), 1)
     failure = next(federation.train(wrong))
+    assert isinstance(failure, Failure)
+    assert failure.reason.startswith(messages.PROBLEMS["model"])
+
+
+def test_a_frozen_base_that_is_not_the_servers_is_refused_by_the_client(tmp_path: Path) -> None:
+    file = tmp_path / "base.safetensors"
+    pairs = {"name": "synthetic-preferences", "clients": 2, "pairs": 4, "test_pairs": 2}
+    tables: dict[str, Any] = {
+        "data": {**pairs, "symbols": 4, "prompt": 1, "length": 2},
+        "task": {"kind": "dpo", "model": {"name": "gpt", "layers": 1, "width": 4, "heads": 1}},
+        "client": {"local_steps": 1, "device": "cpu"},
+    }
+    module = prepare(resolve(tables)).module
+    tensors = {n: t.clone() for n, t in module.state_dict().items() if n.startswith("policy.")}
+    file.write_bytes(pack(tensors))
+    tables["task"]["init_from"] = str(file)
+    run = resolve(tables)
+    prepared = prepare(run)
+    grid = LocalGrid(client_app, [{"partition-id": i, "num-partitions": 2} for i in range(2)])
+    federation = GridFederation(grid, run, sites=2)
+    assert all(isinstance(u, Updates) for u in federation.train(plan(prepared)))
+    file.write_bytes(pack({n: t + 1 for n, t in tensors.items()}))
+    client_folder = importlib.import_module("umbel.client.flower.app")
+    client_folder._build.cache_clear()  # another process, which reads the file anew
+    failure = next(federation.train(plan(prepared, number=2)))
     assert isinstance(failure, Failure)
     assert failure.reason.startswith(messages.PROBLEMS["model"])
 
