@@ -10,7 +10,7 @@ from umbel.core.errors import InputError
 from umbel.privacy.secure_aggregation.identities import PROTOCOL
 from umbel.privacy.secure_aggregation.parameters import SIGMA
 
-_LAYOUT = struct.Struct(">16sI32s32sIBB?")
+_LAYOUT = struct.Struct(">16sI32s32sIBBB")
 TERMS_BYTES = _LAYOUT.size
 MAX_MEMBERS = 65535
 MAX_SIZE = 1 << 30
@@ -51,6 +51,7 @@ class Terms:
             ("round_number", self.round_number, 0, 2**32 - 1),
             ("size", self.size, 1, MAX_SIZE),
             ("ring_bits", self.ring_bits, 16, 32),
+            ("modular", int(self.modular), 0, 1),  # as all bytes: one encoding for one meaning
             ("value_bits", self.value_bits, self.ring_bits if self.modular else 1, self.ring_bits),
         )
         for name, value, low, high in bounds:

@@ -105,6 +105,8 @@ INVITATION = [
     ("another size", change_terms(size=8), Reason.OTHER_TERMS),
     ("another ring", change_terms(value_bits=31), Reason.OTHER_TERMS),
     ("another directory", change_terms(directory=b"x" * 32), Reason.OTHER_TERMS),
+    ("residues in place of values", change_terms(modular=True, value_bits=32), Reason.OTHER_TERMS),
+    ("a flag of two", lambda c, m: Invitation(m.terms[:-1] + b"\x02"), Reason.OTHER_TERMS),
     ("terms out of bounds", lambda c, m: Invitation(m.terms[:-2] + b"\x40\x01"), Reason.OTHER_TERMS),
 ]  # fmt: skip
 
@@ -333,6 +335,19 @@ def test_a_threshold_that_allows_smaller_sums_than_the_policy(cohort_of):
     cohort.clients[0] = cohort.client(0)
     roster = cohort.until(Roster)
     assert_refused(cohort, cohort.send(roster), Reason.COHORT_TOO_SMALL)
+
+
+def test_a_larger_cohort_than_the_noise_is_sized_for(cohort_of):
+    cohort = cohort_of(5)
+    cohort.policy = Policy(corrupt_fraction=0.0, max_cohort=4)
+    cohort.clients[0] = cohort.client(0)
+    roster = cohort.until(Roster)
+    assert_refused(cohort, cohort.send(roster), Reason.RING_OVERFLOW)
+    _, later, setup = kept(cohort_of)
+    later.policy = cohort.policy
+    later.clients[0] = later.client(0, setup=later.clients[0].setup)
+    answer = later.send(Again(later.terms.encode(), setup.digest))
+    assert_refused(later, answer, Reason.RING_OVERFLOW)
 
 
 def test_an_oversized_element_never_leaves(cohort_of):

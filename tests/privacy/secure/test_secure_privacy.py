@@ -237,12 +237,11 @@ def test_no_survivor_sets_open_both_secrets_of_a_client(cohort_of, data):
 
 
 def test_flower_named_active_and_dead_gives_neither_secret(cohort_of):
-    cohort = cohort_of(5)
-    survivors = cohort.until(Survivors)
-    both = Survivors(survivors.active, (2,), survivors.tags)
-    for member in range(5):
-        if member == 0:
-            assert isinstance(cohort.send(both), Refusal)
+    for victim in range(5):
+        cohort = cohort_of(5)
+        survivors = cohort.until(Survivors, victim)
+        both = Survivors(survivors.active, (2,), survivors.tags)
+        assert isinstance(cohort.send(both, victim), Refusal)
 
 
 def test_flower_seeds_have_all_their_bits(cohort_of, monkeypatch):

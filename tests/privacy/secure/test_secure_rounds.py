@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from umbel.core.errors import InputError
 from umbel.privacy.secure_aggregation.encoding import Layout, Real, Whole
 from umbel.privacy.secure_aggregation.in_process import run_round
 from umbel.privacy.secure_aggregation.messages import Masked, Refusal, decode, encode
@@ -309,3 +312,25 @@ def test_a_failing_payload_stays_at_home_and_ends_the_round_for_its_client(cohor
     assert isinstance(after, Refusal)
     assert "patients" not in after.detail
     assert decode(encode(after, cohort.terms.digest), cohort.terms.digest) == after
+
+
+@pytest.mark.parametrize("ring_bits", [16, 20, 32])
+def test_residues_are_summed_around_the_ring(cohort_of, ring_bits):
+    cohort = cohort_of(6, size=40, ring_bits=ring_bits)
+    cohort.terms = replace(cohort.terms, value_bits=ring_bits, modular=True)
+    rng = np.random.default_rng(1)
+    cohort.inputs = [rng.integers(0, 2**ring_bits, 40, dtype=np.uint32) for _ in range(6)]
+    cohort.clients = {m: cohort.client(m) for m in range(6)}
+    end = run_round(
+        cohort.server(),
+        cohort.clients,
+        cohort.terms,
+        silent=lambda s, m: (s, m) == (Stage.MASKED, 4),
+    )
+    assert isinstance(end, Total)
+    assert end.survivors == (0, 1, 2, 3, 5)
+    wide = sum(cohort.inputs[m].astype(np.int64) for m in end.survivors)
+    assert wide.max() >= 2**ring_bits, "it does go round"
+    np.testing.assert_array_equal(end.words, wide % 2**ring_bits)
+    with pytest.raises(InputError, match="value_bits"):
+        replace(cohort.terms, value_bits=ring_bits - 1)
