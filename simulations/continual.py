@@ -183,17 +183,17 @@ class Course:
         """The scores of a model that is trained on all experiences at once, for as many rounds."""
         self._announce("intransigence: the same rounds with all examples at once")
         plain, last = self._plain, self.stages - 1
+        quiet = plain.run.evaluate.model_copy(update={"every": 0})
+        run = plain.run.model_copy(update={"evaluate": quiet})
         task = self._headed(plain.task, last)
         federation = self._around(
-            self._make(self._run, self.stream.data, task, plain.strategy.client, self._announce),
+            self._make(run, self.stream.data, task, plain.strategy.client, self._announce),
             plain.strategy,
         )
         try:
             model = plain.model()
             start = Start(0, model, plain.strategy.init(plain.strategy.travelling(model).params))
             scores = self._scores(task, plain.strategy, plain.module, "", None)
-            quiet = self._run.evaluate.model_copy(update={"every": 0})
-            run = self._run.model_copy(update={"evaluate": quiet})
             for result in rounds(run, plain.strategy, federation, start, scores):
                 record = result.record
         finally:

@@ -197,7 +197,9 @@ def check(run: RunFile) -> dict[str, Any]:
     """
     prepared = prepare(located(run))
     if prepared.run.continual.experiences > 1:
-        Course(prepared, "sequential", ignore).close()
+        course = Course(prepared, "sequential", ignore)
+        course.close()
+        prepared = course.prepared
     return plan(prepared)
 
 

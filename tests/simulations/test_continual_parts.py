@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile, resolve
-from umbel.core.trees import Model
 from umbel.datasets.federated import take
 from umbel.server.records import RoundRecord
 from umbel.simulations.continual import Course
 from umbel.simulations.continual_asking import class_means
 from umbel.simulations.prepare import prepare
-from umbel.simulations.simulate import Outcome, simulate
+from umbel.simulations.simulate import Outcome, check, simulate
 from umbel.strategies.defences.adapters import Adapted
 from umbel.strategies.defences.columns import Columns
 from umbel.tasks.features import features
@@ -215,8 +214,11 @@ def test_what_does_not_go_together(tmp_path: Path, sections: dict[str, Any], mes
         simulate(table(tmp_path, **sections), engine="sequential")
 
 
-def test_models_stay_as_they_are(tmp_path: Path) -> None:
-    """A naive run has the tensors that it had before there were defences with parts."""
-    course = Course(prepare(table(tmp_path)), "sequential", print)
-    model: Model = course.prepared.model()
-    assert list(model.params) == ["1.weight", "1.bias", "3.weight", "3.bias"]
+def test_a_check_counts_what_a_defence_adds(tmp_path: Path) -> None:
+    plain = check(table(tmp_path))
+    assert plain["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
+    multi = {"continual": {"head": "multi"}}
+    parted = check(table(tmp_path, {"name": "adapters", "rank": 2}, **multi))
+    assert parted["parameters"] == plain["parameters"] + 2 * (2 * (64 + 16) + 16 * 10 + 10)
+    ewc = check(table(tmp_path, "ewc"))
+    assert ewc["bytes_per_client_round"] == 2 * plain["bytes_per_client_round"]
