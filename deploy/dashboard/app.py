@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Scope
 
 from umbel.core.errors import InputError, UmbelError
 from umbel.deploy.dashboard import actions, api, pages
-from umbel.deploy.dashboard.guard import ANYBODY, Guard, needs
+from umbel.deploy.dashboard.guard import ANYBODY, MACHINES, Guard, needs
 from umbel.deploy.dashboard.sessions import Sessions, Throttle
 from umbel.deploy.dashboard.source import Source
 from umbel.deploy.dashboard.users import Users
@@ -91,6 +91,6 @@ def _failure(
     request: Request, status: int, message: str, where: str = "", fix: str = ""
 ) -> Response:
     table: dict[str, Any] = {"message": message, "where": where, "fix": fix}
-    if request.url.path.startswith(("/api/", "/metrics")):
+    if request.url.path.startswith(MACHINES):
         return JSONResponse({"error": table}, status)
     return pages.render(request, "error.html", status=status, error=table)

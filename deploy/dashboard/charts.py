@@ -97,7 +97,7 @@ def heat(
         columns: rounds.
         cells: (client, round) -> what was; none: not asked.
     """
-    side, gap, label = 14, 2, 150
+    side, gap, label = 16, 2, 150
     step = side + gap
     width, height = label + step * len(columns) + gap, step * len(rows) + 20
     parts = [
@@ -107,7 +107,7 @@ def heat(
     for i, client in enumerate(rows):
         shown = client if len(client) <= 22 else f"{client[:21]}…"
         parts.append(
-            f'<text class="tick" x="{label - 8}" y="{i * step + 11}" text-anchor="end">'
+            f'<text class="tick" x="{label - 8}" y="{i * step + 13}" text-anchor="end">'
             f"{escape(shown)}</text>"
         )
         for j, number in enumerate(columns):
@@ -133,14 +133,14 @@ def timeline(rows: Mapping[str, Sequence[Bar]]) -> Markup:
     if not bars:
         return Markup('<p class="quiet">no rounds yet</p>')
     begin, end = min(b.begin for b in bars), max(b.end for b in bars)
-    label, width, step = 150, 860, 18
+    label, width, step = 150, 1180, 20
     height = step * len(rows) + 20
     scale = (width - label - 10) / max(end - begin, 1e-9)
     parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img">']
     for i, (name, row) in enumerate(rows.items()):
         shown = name if len(name) <= 22 else f"{name[:21]}…"
         parts.append(
-            f'<text class="tick" x="{label - 8}" y="{i * step + 12}" text-anchor="end">'
+            f'<text class="tick" x="{label - 8}" y="{i * step + 13}" text-anchor="end">'
             f"{escape(shown)}</text>"
         )
         for bar in row:

@@ -15,10 +15,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from umbel.core.errors import UmbelError
 from umbel.deploy.dashboard.sessions import Session, Sessions
 from umbel.deploy.dashboard.users import ROLES, User, Users
 
 LARGEST_BODY = 256_000
+MACHINES = ("/api/", "/metrics")
+"""Beginnings of paths that programs ask for: errors are JSON there."""
+
 SAFE = ("GET", "HEAD", "OPTIONS")
 
 HEADERS = {
@@ -102,7 +106,11 @@ class Guard:
         if scope["type"] != "http":
             return
         with_headers = _hardened(send, self._tls)
-        refused = await self._refusal(scope, receive)
+        try:
+            refused = await self._refusal(scope, receive)
+        except UmbelError as error:  # the store, where the users are
+            as_page = not scope["path"].startswith(MACHINES)
+            refused = _no(503, error.message, as_page)
         if refused is not None:
             await refused(scope, receive, with_headers)
         else:
@@ -116,7 +124,7 @@ class Guard:
             return PlainTextResponse("unknown host\n", 421)
         state = scope.setdefault("state", {})
         state["asker"], state["form"] = None, {}
-        as_page = not scope["path"].startswith(("/api/", "/metrics"))
+        as_page = not scope["path"].startswith(MACHINES)
         if not _is_same_origin(headers):
             return _no(403, "this request comes from another site", as_page)
         if scope["method"] not in SAFE:
