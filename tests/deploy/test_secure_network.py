@@ -13,10 +13,13 @@ import safetensors.torch
 import torch
 from sklearn.datasets import load_breast_cancer
 
+from umbel.client.site_ledger import read
 from umbel.core import audit_log
 from umbel.core.run_file import RunFile, resolve
 from umbel.deploy.loopback import Site
 from umbel.deploy.network import Network
+from umbel.privacy.accounting import rdp_epsilon
+from umbel.privacy.mechanisms import Gaussian
 from umbel.server.store import RunStore
 from umbel.simulations.simulate import simulate
 
@@ -43,16 +46,16 @@ def save(path: Path, names: tuple[str, ...]) -> None:
     np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
-def run_file(store: str = "runs", data: Path | None = None) -> RunFile:
+def run_file(store: str = "runs", data: Path | None = None, **tables: Any) -> RunFile:
     table: dict[str, Any] = {
         "run": {"name": "three", "rounds": 2, "store": store},
         "data": {"name": "npz", "classes": 2},
         "task": {"kind": "classification", "model": "logistic"},
         "client": {"lr": 0.05, "device": "cpu"},
         "strategy": {"name": "fedavgm", "momentum": 0.5, "max_weight": 120.0},
-        "secure_aggregation": {"enabled": True},
+        "secure_aggregation": {"enabled": True, "keep_setup": True},
         "evaluate": {"every": 0},
-    }
+    } | tables
     if data is not None:
         table["data"]["path"] = str(data)
     return resolve(table)
@@ -95,3 +98,30 @@ def test_a_run_under_masks_makes_the_model_of_the_simulation(
         }
         assert {"train.secure_masked", "train.secure_unmask", "evaluate.secure_masked"} <= kinds
         assert not kinds & {"train", "evaluate"}
+        # The second round began with the keys of the first.
+        entries = audit_log.read(network.sites[name].audit_file)
+        dealt = [e["round"] for e in entries if e.get("kind") == "train.secure_shares"]
+        assert dealt == ["1"]
+
+
+def test_sites_add_the_noise_and_each_pays_in_its_own_ledger(network: Network) -> None:
+    privacy = {"unit": "client", "mechanism": "distributed-skellam", "noise_multiplier": 2.0}
+    run = run_file(
+        run={"name": "noisy", "rounds": 1},
+        strategy={"weights": "uniform"},
+        privacy=privacy,
+    )
+    job = network.finish(network.submit(run, len(SITES)), seconds=600.0)
+    assert job.state == "finished", job.error
+    store = RunStore(network.server.store)
+    (record,) = store.history(job.run_id)
+    assert sorted(record.participants) == list(SITES)
+    # One sum with three shares of noise: what the server's ledger says, and each site's own.
+    golden = rdp_epsilon({Gaussian(2.0): 1}, 1e-5)
+    assert record.epsilon == pytest.approx(golden, rel=0.01)
+    assert record.training == {}
+    for name in SITES:
+        (ledger,) = read(network.sites[name].ledger)
+        (line,) = ledger["lines"]
+        assert (line["round"], line["mechanism"]["kind"]) == (1, "skellam")
+        assert ledger["epsilon"] == pytest.approx(golden, rel=0.01)
