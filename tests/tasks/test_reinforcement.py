@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import gymnasium
 import numpy as np
@@ -296,3 +297,27 @@ def test_what_does_not_fit_is_refused() -> None:
         q_learning(GRIDS, MLP)
     with pytest.raises(InputError, match="2 actions"):
         behaviour_cloning(Info("digits", (64,), classes=10), MLP)
+
+
+def make(row: np.ndarray) -> gymnasium.Env:
+    """A CartPole of one's own, with one parameter."""
+    env = gymnasium.make("CartPole-v1").unwrapped
+    if len(row):
+        env.length = float(row[0])
+    return gymnasium.wrappers.TimeLimit(env, 50)
+
+
+def test_a_task_acts_in_an_environment_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "worlds_of_mine", sys.modules[__name__])
+    task = ppo_control(
+        Info("mine", (1,)), MLP, environment="worlds_of_mine:make", steps=4, copies=2
+    )
+    torch.manual_seed(0)
+    module = task.build()
+    held = np.array([[0.5], [0.1], [2.0]], np.float32)
+    made = collect(task, module, held)
+    assert made["x"].shape == (4 * 3 * 2, 4)
+    assert task.test is not None
+    returns = -task.test.losses(module, {"x": torch.from_numpy(held)})
+    assert bool((returns <= 50).all())
+    assert len(set(returns.tolist())) > 1
