@@ -46,7 +46,7 @@ def epsilon(
 
     times = steps or []
     rates = rate or [1.0] * len(times)
-    given = [times, rates, noise] if target is None else [times, rates]
+    given: list[list[float] | None] = [[*times], rates, *([noise] if target is None else [])]
     if not times or any(part is None or len(part) != len(times) for part in given):
         raise InputError(
             "every kind of release needs a noise, a rate and a number of steps",
