@@ -15,6 +15,7 @@ from umbel.tasks.collect import Columns, Moment
 from umbel.tasks.preferences import losses as of
 from umbel.tasks.preferences import rewards, rollouts
 from umbel.tasks.preferences.policy import Policy
+from umbel.tasks.reinforcement.losses import surrogate
 from umbel.tasks.task import Batch, Forward, Task
 
 
@@ -82,7 +83,7 @@ def grpo(
     def losses(forward: Forward, batch: Batch) -> Tensor:
         tokens = batch["tokens"].flatten(0, 1)
         now = of.log_probs(forward(tokens), tokens, temperature).view_as(batch["then"])
-        each = of.clipped(now, batch["then"], batch["advantage"][..., None], clip)
+        each = surrogate(now, batch["then"], batch["advantage"][..., None], clip)
         each = each + beta * of.kl(now, batch["reference"])
         return rollouts.mean(each, batch["counted"]).mean(1)
 

@@ -15,6 +15,7 @@ from umbel.tasks.collect import Columns, Moment
 from umbel.tasks.preferences import losses as of
 from umbel.tasks.preferences import rewards, rollouts
 from umbel.tasks.preferences.policy import Policy
+from umbel.tasks.reinforcement.losses import surrogate
 from umbel.tasks.task import Batch, Forward, Task
 
 
@@ -83,7 +84,7 @@ def ppo(
         values = made.outputs[:, :-1, 0] * made.counted
         each = weight * (made.reference - made.then) * made.counted
         each = each + made.rewards[:, None] * rollouts.last(made.counted)
-        advantage = of.advantages(each, values, gae)
+        advantage = rollouts.advantages(each, values, made.counted, gae)
         returns = advantage + values
         if whitening:
             advantage = of.whiten(advantage, made.counted)
@@ -104,7 +105,7 @@ def ppo(
         out = forward(tokens, kl=batch["kl"])
         now = of.log_probs(out[..., :-1], tokens, temperature).view_as(then)
         values = out[:, :-1, -1].float().view_as(then)
-        each = of.clipped(now, then, batch["advantage"], clip)
+        each = surrogate(now, then, batch["advantage"], clip)
         error = of.clipped_value(values, batch["values"], batch["returns"], value_clip)
         return rollouts.mean(each + value_weight * error, batch["counted"]).mean(1)
 

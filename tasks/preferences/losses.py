@@ -100,21 +100,6 @@ def group_advantages(rewards: Tensor, scale: Scale = "group") -> Tensor:
     return centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-4)
 
 
-def clipped(now: Tensor, then: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """PPO's loss of each symbol: ``-min(r A, clip(r, 1 - ε, 1 + ε) A)``, ``r = π/π_then``.
-
-    Args:
-        now: log-probabilities of what is trained.
-        then: of what drew the symbols; same shape.
-        advantage: of the same shape, or broadcast to it.
-        clip: ε.
-
-    Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347).
-    """
-    ratio = (now - then).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-
-
 def clipped_value(now: Tensor, then: Tensor, returns: Tensor, clip: float) -> Tensor:
     """Half the squared error of values that may move by ``clip`` from what they were; per symbol.
 
@@ -130,25 +115,6 @@ def whiten(values: Tensor, counted: Tensor) -> Tensor:
     mean = (values * counted).sum() / n
     centred = (values - mean) * counted
     return centred / (centred.square().sum() / n + 1e-8).sqrt()
-
-
-def advantages(rewards: Tensor, values: Tensor, decay: float) -> Tensor:
-    """Generalised advantage estimates without discount, of episodes that end in their last column.
-
-    Args:
-        rewards: (R, T).
-        values: (R, T), of the states before each reward; 0 past a completion's end.
-        decay: lambda.
-
-    Source: Schulman et al. 2016, equation 16 (arXiv:1506.02438), with gamma = 1.
-    """
-    after = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    surprise, found = rewards + after - values, torch.zeros_like(values)
-    run = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        run = surprise[:, t] + decay * run
-        found[:, t] = run
-    return found
 
 
 class Controller(NamedTuple):

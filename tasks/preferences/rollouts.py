@@ -19,6 +19,7 @@ from umbel.tasks.language.generation import Sampling, generate
 from umbel.tasks.models.build import builder
 from umbel.tasks.preferences import rewards
 from umbel.tasks.preferences.losses import divergence, log_probs
+from umbel.tasks.reinforcement import returns
 from umbel.tasks.task import Batch, Forward, Task
 
 TOGETHER = 256
@@ -178,6 +179,22 @@ def last(counted: Tensor) -> Tensor:
     """Which symbol of each completion is its last, (R, T) bool."""
     behind = counted.flip(1).cumsum(1).flip(1)
     return counted & (behind == 1)
+
+
+def advantages(rewards: Tensor, values: Tensor, counted: Tensor, decay: float) -> Tensor:
+    """Generalised advantage estimates of each symbol of a completion, without discount, (R, T).
+
+    Args:
+        rewards: (R, T), of each symbol.
+        values: (R, T), of the state before it; 0 outside the completion.
+        counted: (R, T), what the completion is.
+        decay: lambda.
+    """
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    ends = last(counted).T.cpu().numpy()
+    steps = [t.T.double().cpu().numpy() for t in (rewards, values, following)]
+    found = returns.advantages(steps[0], steps[1], steps[2], ends, ends, 1.0, decay)
+    return torch.from_numpy(found.T.copy()).to(values) * counted
 
 
 def columns(play: Play, **tensors: Tensor) -> Columns:

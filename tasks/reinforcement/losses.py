@@ -29,7 +29,7 @@ def policy_gradient(logits: Tensor, action: Tensor, advantage: Tensor) -> Tensor
 def clipped(
     logits: Tensor, action: Tensor, before: Tensor, advantage: Tensor, clip: float
 ) -> Tensor:
-    """The clipped objective of PPO, with the sign of a loss.
+    """:func:`surrogate` of actions.
 
     Args:
         logits: (B, actions), of the policy now.
@@ -37,10 +37,22 @@ def clipped(
         before: the logarithm of its probability then.
         advantage: what it was worth.
         clip: how far the ratio of the two probabilities may pay.
+    """
+    return surrogate(of_action(F.log_softmax(logits, 1), action), before, advantage, clip)
+
+
+def surrogate(now: Tensor, before: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """The clipped objective of PPO, with the sign of a loss; all of one shape.
+
+    Args:
+        now: the logarithm of the probability of what was done.
+        before: the same, as it was done.
+        advantage: what it was worth.
+        clip: how far the ratio of the two probabilities may pay.
 
     Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347).
     """
-    ratio = (of_action(F.log_softmax(logits, 1), action) - before).exp()
+    ratio = (now - before).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 

@@ -151,12 +151,11 @@ def test_the_preference_recipes_learn_what_was_preferred(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "least"), [("grpo", 0.4), ("ppo", 0.5)])
+@pytest.mark.parametrize(("kind", "least"), [("grpo", 0.3), ("ppo", 0.4)])
 def test_the_reward_recipes_earn_more_and_do_not_stray(
     tmp_path: Path, kind: str, least: float
 ) -> None:
-    begun = shortened(tmp_path, kind, "run.rounds=1", "client.lr=1e-12")
-    assert simulate(begun).metrics["reward"] < 0.1
-    found = simulate(shortened(tmp_path, kind, "run.rounds=8", "evaluate.every=0"))
+    found = simulate(shortened(tmp_path, kind, "run.rounds=7"))
+    assert found.history[0].metrics["reward"] < 0.1
     assert found.metrics["reward"] >= least
-    assert found.metrics["kl"] < 7
+    assert all(0 <= record.metrics["kl"] < 7 for record in found.history)

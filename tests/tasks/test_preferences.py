@@ -18,6 +18,7 @@ from umbel.tasks.build import build_task, initial_module, model_of
 from umbel.tasks.preferences import losses as of
 from umbel.tasks.preferences import rewards, rollouts
 from umbel.tasks.preferences.policy import Policy
+from umbel.tasks.reinforcement.losses import surrogate
 from umbel.tasks.task import Task
 
 INFO = Info("pairs", (6,), vocabulary=8, padding=7)
@@ -175,7 +176,7 @@ def test_advantages_are_of_a_group(scale: of.Scale) -> None:
 def test_ppos_losses_are_the_papers_loops() -> None:
     now, then, gain = numbers(20), numbers(20, seed=1) * 0.3, numbers(20, seed=2)
     values, old, returns = numbers(20, seed=3), numbers(20, seed=4), numbers(20, seed=5)
-    found, error = of.clipped(now, then, gain, 0.2), of.clipped_value(values, old, returns, 0.3)
+    found, error = surrogate(now, then, gain, 0.2), of.clipped_value(values, old, returns, 0.3)
     for i in range(20):
         ratio = math.exp(float(now[i] - then[i]))
         near = min(max(ratio, 0.8), 1.2)
@@ -187,14 +188,17 @@ def test_ppos_losses_are_the_papers_loops() -> None:
         assert float(error[i]) == pytest.approx(worse, abs=1e-12)
 
 
-def test_advantage_estimates_are_sums_of_discounted_surprises() -> None:
-    gains, values = numbers(3, 5), numbers(3, 5, seed=1)
-    found = of.advantages(gains, values, 0.9)
-    for row in range(3):
+def test_advantage_estimates_are_sums_of_surprises_to_the_completions_end() -> None:
+    begins, ends = [1, 0, 2], [4, 5, 3]
+    place = torch.arange(5)
+    counted = torch.stack([(place >= b) & (place < e) for b, e in zip(begins, ends, strict=True)])
+    gains, values = numbers(3, 5), numbers(3, 5, seed=1) * counted
+    found = rollouts.advantages(gains, values, counted, 0.9)
+    for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         for t in range(5):
             total = 0.0
-            for k in range(t, 5):
-                after = float(values[row, k + 1]) if k < 4 else 0.0
+            for k in range(t, end) if begin <= t else ():
+                after = float(values[row, k + 1]) if k + 1 < end else 0.0
                 total += 0.9 ** (k - t) * (float(gains[row, k]) + after - float(values[row, k]))
             assert float(found[row, t]) == pytest.approx(total, abs=1e-12)
 
