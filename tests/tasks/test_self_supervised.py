@@ -157,10 +157,26 @@ VIT = {"name": "vit", "patch": 2, "layers": 1, "width": 8, "heads": 2}
 def test_every_method_runs_and_repeats(tmp_path: Path, method: str) -> None:
     model: Any = VIT if method in ("mae", "i-jepa") else "logistic"
     run = make(tmp_path, kind="self-supervised", method=method, model=model)
-    first, again = simulate(run), simulate(run)
+    first, again = (simulate(run, engine="sequential") for _ in range(2))
     assert {"loss", "spread", "probe", "knn"} == first.metrics.keys()
     assert first.metrics == again.metrics
     assert first.history[0].training["spread"] > 0
+
+
+def test_collapse_is_noted_in_each_rounds_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_collapsed.py").write_text(
+        "from torch import nn\n\n\ndef encoder(info, outputs):\n"
+        "    last = nn.Linear(64, outputs)\n    nn.init.zeros_(last.weight)\n"
+        "    return nn.Sequential(nn.Flatten(), last)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = make(tmp_path, kind="self-supervised", method="simsiam", model="own_collapsed:encoder")
+    run = run.model_copy(update={"client": run.client.model_copy(update={"lr": 1e-9})})
+    record = simulate(run, engine="sequential").history[0]
+    assert record.training["spread"] < 0.01
+    assert "collapse" in record.note
 
 
 def test_the_encoder_hands_over(tmp_path: Path) -> None:
