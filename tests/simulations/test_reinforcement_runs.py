@@ -57,14 +57,18 @@ def test_engines_agree(tmp_path: Path, task: dict[str, Any], strategy: dict[str,
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path) -> None:
+    tuned = {"evaluate": {"every": 0, "fine_tune_steps": 1}}
+
     def stop(record: RoundRecord, planned: int) -> None:
         if record.round == 2:
             raise KeyboardInterrupt
 
-    whole = model(simulate(run(tmp_path / "a", PPO, 4)), tmp_path / "a")
-    begun = simulate(run(tmp_path / "b", PPO, 4), on_round=stop)
+    whole = model(simulate(run(tmp_path / "a", PPO, 4, **tuned)), tmp_path / "a")
+    begun = simulate(run(tmp_path / "b", PPO, 4, **tuned), on_round=stop)
     assert (begun.status, begun.rounds) == ("interrupted", 2)
-    ended = simulate(run(tmp_path / "b", PPO, 4), resume=begun.run_id)
+    ended = simulate(run(tmp_path / "b", PPO, 4, **tuned), resume=begun.run_id)
+    assert {"return", "fine_tuned_return"} <= ended.metrics.keys()
+    assert ended.metrics["return"] == -ended.metrics["loss"]
     again = model(ended, tmp_path / "b")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
