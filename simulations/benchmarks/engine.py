@@ -1,7 +1,8 @@
 """Umbel's engine beside a plain loop, Flower, pfl-research and FedJAX: the same work, in turn.
 
     umbel bench engine [--quick] [--workload W1] [--systems umbel,plain-2] [--save FOLDER]
-    umbel bench engine --sweep cohort | clients
+    umbel bench engine --sweep cohort | clients [--save FOLDER]
+    umbel bench engine --draw FOLDER/engine-cohort.json [--save FOLDER]
 
 Every run is a process of its own; repetitions are interleaved (A B C A B C …), so that whatever
 else the machine does hits all alike. A round is what lies between the ends of two rounds, all that
@@ -59,6 +60,7 @@ def parser() -> Parser:
     found.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     found.add_argument("--limit", type=float, default=600.0, help="seconds of one run, at most")
     found.add_argument("--save", type=Path, metavar="FOLDER", help="for the result and pictures")
+    found.add_argument("--draw", type=Path, metavar="FILE", help="pictures of a saved result")
     found.add_argument(
         "--environments", type=Path, metavar="FOLDER", help="of the peers; default: the user cache"
     )
@@ -71,6 +73,8 @@ def measure(options: argparse.Namespace) -> Result:
     Raises:
         InputError: an unknown system or workload, a number out of bounds, or no Linux.
     """
+    if options.draw:
+        return _drawn(options.draw, options.save)
     if not Path("/proc/self/smaps_rollup").exists():
         message = "memory and CPU of a tree of processes are read from /proc, which is not here"
         raise InputError(message, where=WHERE, fix="run it on Linux")
@@ -104,6 +108,22 @@ def measure(options: argparse.Namespace) -> Result:
             files.data.unlink()
             result["load"] = {"before": list(before), "after": list(os.getloadavg())}
             _save(result, options.save)
+    return result
+
+
+def _drawn(path: Path, folder: Path | None) -> Result:
+    """A saved result, with pictures of it in ``folder``: beside it, where that is ``None``."""
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        folder = folder or path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        result["pictures"] = [str(picture) for picture in pictures.draw(result, folder)]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} is no saved result ({type(error).__name__}: {error})",
+            where=WHERE,
+            fix="give the .json that --save left",
+        ) from error
     return result
 
 

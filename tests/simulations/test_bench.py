@@ -188,6 +188,7 @@ def test_ratios_are_to_umbel_and_a_system_that_did_not_learn_is_marked() -> None
         ["--values", "ten", "--sweep", "cohort"],
         ["--values", "10"],
         ["--colour"],
+        ["--draw", "no/such/file.json"],
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(options: list[str]) -> None:
@@ -195,6 +196,33 @@ def test_wrong_options_are_refused_before_anything_runs(options: list[str]) -> N
         engine.measure(engine.parser().parse_args(options))
     assert caught.value.where == "umbel bench engine"
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("sweep", ["cohort", None])
+def test_pictures_are_drawn_again_from_a_saved_result(
+    sweep: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    systems_ = [row("umbel", 0.5, 1.0) | {"repetitions": [0.4, 0.6]}]
+    shared = {"title": "work", "parameters": 650, "initial_loss": 2.0}
+    floor = {"seconds": 0.1, "flops": 1, "flops_per_second": 10.0}
+    saved = {
+        "date": "today",
+        "machine": {"cores": 2, "cpu": "x"},
+        "load": {"before": [0.0], "after": [0.0]},
+        "versions": {"torch": "2"},
+        "repeat": 1,
+        "sweep": sweep,
+        "workloads": [
+            {"name": f"W{n}", "value": n, "systems": systems_, "floor": floor, **shared}
+            for n in (10, 100)
+        ],
+    }
+    (tmp_path / "saved.json").write_text(json.dumps(saved))
+    options = ["--draw", str(tmp_path / "saved.json"), "--save", str(tmp_path / "new")]
+    result = engine.measure(engine.parser().parse_args(options))
+    names = ["engine-cohort.png"] if sweep else ["engine-W10.png", "engine-W100.png"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
+    assert [Path(path).name for path in result["pictures"]] == names
 
 
 def test_every_system_has_a_program_and_says_how_it_is_set_up() -> None:
