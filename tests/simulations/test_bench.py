@@ -202,7 +202,7 @@ def test_wrong_options_are_refused_before_anything_runs(options: list[str]) -> N
 def test_pictures_are_drawn_again_from_a_saved_result(
     sweep: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    systems_ = [row("umbel", 0.5, 1.0) | {"repetitions": [0.4, 0.6]}]
+    systems_ = [row("umbel", 0.5, 1.0) | {"title": "Umbel", "repetitions": [0.4, 0.6]}]
     shared = {"title": "work", "parameters": 650, "initial_loss": 2.0}
     floor = {"seconds": 0.1, "flops": 1, "flops_per_second": 10.0}
     saved = {
