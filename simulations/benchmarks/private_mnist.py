@@ -51,11 +51,11 @@ CURVES = {
     "example": Curve(
         "one example of 100 clients, hidden from the server",
         clients=100,
-        privacy={"unit": "example", "clip_norm": 1.0},
-        client={"batch_size": 75, "lr": 2.5, "local_steps": 2},
-        strategy={"cohort": 20, "name": "fedavgm", "momentum": 0.5},
-        plain={"batch_size": 75, "lr": 0.15, "local_steps": 2},
-        rounds=100,
+        privacy={"unit": "example", "clip_norm": 0.2},
+        client={"batch_size": 75, "lr": 12.0, "local_steps": 2, "schedule": "cosine"},
+        strategy={"cohort": 20},
+        plain={"batch_size": 75, "lr": 0.3, "local_steps": 8},
+        rounds=60,
     ),
     "client": Curve(
         "one of 1,000 clients, hidden from those who see the models",
@@ -111,7 +111,7 @@ def table(curve: Curve, epsilon: float | None, data: str, store: str) -> dict[st
         client, privacy = curve.client, {**curve.privacy, "epsilon": epsilon, "delta": DELTA}
     model = {"name": "cnn", "channels": [8, 16, 16], "kernel": 3, "hidden": 32}
     return {
-        "run": {"name": "private-mnist", "rounds": curve.rounds, "store": store},
+        "run": {"name": "private-mnist", "rounds": curve.rounds, "store": store, "processes": 0},
         "data": {
             "name": "mnist",
             "path": data,
