@@ -84,6 +84,24 @@ def _begin(
     return module
 
 
+def whole(build: Callable[[], nn.Module], file: str, where: str) -> nn.Module:
+    """What ``build`` builds, every tensor of it from ``file``.
+
+    Raises:
+        InputError: the file is not there, is no safetensors, or lacks a tensor or has it in another
+            shape.
+    """
+    module = build()
+    used = _copy(module, _read(file), file)
+    if missing := sorted(n for n, _ in module.named_parameters() if n not in used):
+        raise InputError(
+            f"'{missing[0]}' of the model is not in '{file}', nor are {len(missing) - 1} other(s)",
+            where=where,
+            fix="is it a run of the same model?",
+        )
+    return module
+
+
 def base_hash(module: nn.Module) -> str | None:
     """SHA-256 of the frozen parameters, by name: what must be the same at all clients.
 

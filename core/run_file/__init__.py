@@ -91,8 +91,11 @@ class RunFile(Settings):
     def files(self) -> list[str]:
         """What is read from this machine besides the data: a model, a tokenizer, earlier runs."""
         model, given = self.task.model, self.task.init_from or ()
-        paths = [given] if isinstance(given, str) else list(given)
+        paths: list[Any] = [given] if isinstance(given, str) else list(given)
         paths += [model.parameters().get("path", "")] if isinstance(model, Part) else []
+        more = self.task.parameters()
+        judge = more.get("judge")
+        paths += [more.get("judge_from"), judge.get("path") if isinstance(judge, Mapping) else None]
         paths += [self.data.parameters().get("tokenizer", "")]
         return [str(path) for path in paths if path not in ("", None, *TOKENIZERS)]
 

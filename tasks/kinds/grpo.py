@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated
 
 from annotated_types import Ge
@@ -24,6 +25,8 @@ def grpo(
     model: Part | str | None,
     *,
     reward: str = "share",
+    judge: Part | str | None = None,
+    judge_from: str | None = None,
     samples: Annotated[int, Ge(2)] = 8,
     length: Count = 16,
     least: Count | None = None,
@@ -41,8 +44,10 @@ def grpo(
     Args:
         info: of the data; ``x`` is prompts, ``answer`` what is right.
         model: takes symbols (B, T), gives (B, T, symbols); ``None``: ``gpt``.
-        reward: ``share`` of the answer's symbols that are right, ``exact`` for all or nothing, or
-            your own.
+        reward: ``share`` of the answer's symbols that are right, ``exact`` for all or nothing,
+            ``learned`` by a reward model, or your own.
+        judge: the reward model; ``None``: ``gpt``.
+        judge_from: the run of the kind ``reward`` that trained it, its folder or its model.
         samples: completions of a prompt.
         length: symbols of a completion, at most.
         least: the most is drawn for each completion between this and ``length``; ``None``: no draw.
@@ -55,15 +60,9 @@ def grpo(
 
     Source: Shao et al. 2024, equation 3 (arXiv:2402.03300).
     """
-    play = rollouts.Play(
-        info,
-        rewards.find(reward),
-        samples,
-        length,
-        rollouts.shortest(least, length),
-        temperature,
-        end,
-    )
+    least = rollouts.shortest(least, length)
+    score, judged = rewards.find(reward), judge_from is not None
+    play = rollouts.Play(info, score, samples, length, least, temperature, end, judged)
     build = rollouts.model(play, model)
 
     def collect(module: nn.Module, held: Columns, moment: Moment) -> Columns:
@@ -99,5 +98,5 @@ def grpo(
         test=rollouts.test(play, build),
         collect=collect,
         collects_apart=scale != "batch",
-        around=Policy,
+        around=partial(Policy, judge=rollouts.judge(play, judge, judge_from)),
     )

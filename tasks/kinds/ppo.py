@@ -24,6 +24,8 @@ def ppo(
     model: Part | str | None,
     *,
     reward: str = "share",
+    judge: Part | str | None = None,
+    judge_from: str | None = None,
     samples: Count = 4,
     length: Count = 16,
     least: Count | None = None,
@@ -47,8 +49,10 @@ def ppo(
     Args:
         info: of the data; ``x`` is prompts, ``answer`` what is right.
         model: takes symbols (B, T), gives (B, T, symbols); ``None``: ``gpt``.
-        reward: ``share`` of the answer's symbols that are right, ``exact`` for all or nothing, or
-            your own.
+        reward: ``share`` of the answer's symbols that are right, ``exact`` for all or nothing,
+            ``learned`` by a reward model, or your own.
+        judge: the reward model; ``None``: ``gpt``.
+        judge_from: the run of the kind ``reward`` that trained it, its folder or its model.
         samples: completions of a prompt.
         length: symbols of a completion, at most.
         least: the most is drawn for each completion between this and ``length``; ``None``: no draw.
@@ -66,15 +70,9 @@ def ppo(
     Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347); Ziegler et al. 2019, sections 2.1
     and 2.2 (arXiv:1909.08593).
     """
-    play = rollouts.Play(
-        info,
-        rewards.find(reward),
-        samples,
-        length,
-        rollouts.shortest(least, length),
-        temperature,
-        end,
-    )
+    least = rollouts.shortest(least, length)
+    score, judged = rewards.find(reward), judge_from is not None
+    play = rollouts.Play(info, score, samples, length, least, temperature, end, judged)
     build = rollouts.model(play, model)
     controller = of.Controller(kl_target, kl_gain) if kl_target else None
 
@@ -112,7 +110,13 @@ def ppo(
     def metrics(forward: Forward, batch: Batch) -> Mapping[str, Tensor]:
         return {"reward": batch["reward"].mean(1), "kl": batch["kl"].mean(1)}
 
-    around = partial(Policy, values=True, kl_weight=kl_weight, controller=controller)
+    around = partial(
+        Policy,
+        values=True,
+        kl_weight=kl_weight,
+        controller=controller,
+        judge=rollouts.judge(play, judge, judge_from),
+    )
     return Task(
         build,
         losses,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,9 +28,10 @@ class Policy(nn.Module):
         kl_weight: of the KL in the reward, a buffer; ``None``: there is none.
         controller: moves ``kl_weight`` at each pass in training that is told a KL; ``None``: it
             stays.
+        judge: builds a reward model, (B, T) symbols -> (B, 1), which is frozen like the copy.
 
     Raises:
-        InputError: the model does not give a vector for each symbol.
+        InputError: the model does not give a vector for each symbol; or as ``judge``.
     """
 
     kl_weight: Tensor
@@ -43,10 +44,12 @@ class Policy(nn.Module):
         values: bool = False,
         kl_weight: float | None = None,
         controller: Controller | None = None,
+        judge: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.reference: nn.Module | None = _frozen_copy(policy) if reference else None
+        self.judge: nn.Module | None = None if judge is None else _frozen(judge())
         self.controller = controller
         self.value: nn.Linear | None = None
         self._last = ""
@@ -59,19 +62,26 @@ class Policy(nn.Module):
             self.register_buffer("kl_weight", torch.tensor(kl_weight))
 
     def forward(
-        self, tokens: Tensor, *, reference: bool = False, kl: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        reference: bool = False,
+        judge: bool = False,
+        kl: Tensor | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, symbols), or with values (B, T, symbols + 1), the value last.
 
         Args:
             tokens: prompts with completions.
             reference: whether the frozen copy is asked; without gradient or value.
+            judge: whether the reward model is asked instead, which gives (B, 1).
             kl: (B,) nats a completion that the controller is told.
         """
-        if reference:
-            assert self.reference is not None
+        if reference or judge:
+            still = self.reference if reference else self.judge
+            assert still is not None
             with torch.no_grad():
-                known: Tensor = self.reference(tokens)
+                known: Tensor = still(tokens)
             return known
         learning = self.training and torch.is_grad_enabled()
         if kl is not None and self.controller is not None and learning:
@@ -85,22 +95,27 @@ class Policy(nn.Module):
         return torch.cat([logits, self.value(states).to(logits.dtype)], 2)
 
     def train(self, mode: bool = True) -> Policy:
-        """As any module; the reference never drops anything."""
+        """As any module; what is frozen never drops anything."""
         super().train(mode)
-        if self.reference is not None:
-            self.reference.eval()
+        for still in (self.reference, self.judge):
+            if still is not None:
+                still.eval()
         return self
 
 
 def _frozen_copy(module: nn.Module) -> nn.Module:
     """A copy that neither learns nor travels, and that shares what ``module`` does not train."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
-    found = copy.deepcopy(module, memo=dict(shared)).requires_grad_(False).eval()
-    for part in found.modules():
+    return _frozen(copy.deepcopy(module, memo=dict(shared)))
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    """``module``, which neither learns nor travels any more."""
+    for part in module.modules():
         for name, buffer in list(part.named_buffers(recurse=False)):
             delattr(part, name)
             part.register_buffer(name, buffer, persistent=False)
-    return found
+    return module.requires_grad_(False).eval()
 
 
 def _last_layer(module: nn.Module) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Rewards that can be verified: what a completion is worth, from the record alone."""
+"""Rewards: what a completion is worth; verified from the record, or by a model of preferences."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from umbel.core.errors import InputError, suggest
 Reward: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(completions (R, length) without the end symbol, padded; how many symbols each has, (R,); the
 columns of their records, name -> (R, …)) -> (R,), best between 0 and 1."""
+
+JUDGED = "judged"
+"""The column of a record that holds what a reward model gives."""
 
 PADDING = -1
 """What fills up completions and answers for rewards: no symbol is."""
@@ -33,7 +36,18 @@ def exact(completions: Tensor, lengths: Tensor, record: Mapping[str, Tensor]) ->
     return (same & (lengths == counted.sum(1))).float()
 
 
-REWARDS: Mapping[str, Reward] = {"share": share, "exact": exact}
+def learned(completions: Tensor, lengths: Tensor, record: Mapping[str, Tensor]) -> Tensor:
+    """What a reward model gives for prompt and completion."""
+    if JUDGED not in record:
+        raise InputError(
+            "there is no reward model",
+            where="[task] judge_from",
+            fix="name the run of kind 'reward' that trained it",
+        )
+    return record[JUDGED]
+
+
+REWARDS: Mapping[str, Reward] = {"share": share, "exact": exact, "learned": learned}
 
 
 def find(name: str) -> Reward:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from umbel.core.errors import InputError
 from umbel.core.run_file import Part
 from umbel.datasets.federated import Info
+from umbel.tasks import begin
 from umbel.tasks.collect import Columns
 from umbel.tasks.evaluate import tensor_of
 from umbel.tasks.language import symbols
@@ -39,6 +41,7 @@ class Play(NamedTuple):
         least: its number of symbols is drawn between this and ``length``; ``None``: no draw.
         temperature: > 0; of the policy, in training and evaluation alike.
         end: the symbol that ends a completion; ``None``: none does.
+        judged: whether a reward model is asked what they are worth.
     """
 
     info: Info
@@ -48,6 +51,7 @@ class Play(NamedTuple):
     least: int | None
     temperature: float
     end: int | None
+    judged: bool = False
 
     def sampling(self) -> Sampling:
         """How symbols are drawn: from the policy as it is, which the losses' ratios assume."""
@@ -115,6 +119,8 @@ def _some(
     logits = symbols.check(whole[..., :count], done.tokens, count)
     before = forward(done.tokens, reference=True)
     counted = done.written[:, 1:]
+    if play.judged:
+        records = {**records, rewards.JUDGED: forward(done.tokens, judge=True)[:, 0].float()}
     return Rollouts(
         done.tokens,
         counted,
@@ -204,14 +210,30 @@ def columns(play: Play, **tensors: Tensor) -> Columns:
     }
 
 
-def model(play: Play, part: Part | str | None) -> Any:
+def model(play: Play, part: Part | str | None) -> Callable[[], nn.Module]:
     """What builds the policy, with room for prompt and completion."""
-    width = play.info.input_shape[0] + play.length
     count = symbols.vocabulary(play.info, "a policy")
-    return builder(part or "gpt", replace(play.info, input_shape=(width,)), count, "causal")
+    return builder(part or "gpt", _whole(play), count, "causal")
 
 
-def test(play: Play, build: Any) -> Task:
+def judge(play: Play, part: Part | str | None, file: str | None) -> Callable[[], nn.Module] | None:
+    """What builds the reward model, of the run whose model ``file`` is; ``None``: there is none.
+
+    Raises:
+        InputError: no such model.
+    """
+    if file is None:
+        return None
+    build = builder(part or "gpt", _whole(play), 1, "class")
+    return partial(begin.whole, build, file, "[task] judge_from")
+
+
+def _whole(play: Play) -> Info:
+    """Of prompts with their completions."""
+    return replace(play.info, input_shape=(play.info.input_shape[0] + play.length,))
+
+
+def test(play: Play, build: Callable[[], nn.Module]) -> Task:
     """What evaluation measures: one completion of each prompt, the same draws each time.
 
     ``loss`` is the reward, negative; ``kl`` in nats a completion.

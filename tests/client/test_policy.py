@@ -57,6 +57,8 @@ def test_a_new_sites_policy_can_be_read_and_allows_what_comes_with_umbel(tmp_pat
         ({}, {"task": {"model": {"name": "os:system"}}}, "own_parts"),
         ({}, {"strategy": {"name": "subprocess:run"}}, "own_parts"),
         ({}, {"task": {"kind": "grpo", "reward": "os:system"}}, "own_parts"),
+        ({}, {"task": {"kind": "grpo", "judge_from": "/etc/judge"}}, "own_parts"),
+        ({}, {"task": {"kind": "grpo", "judge": {"name": "x", "path": "/etc"}}}, "own_parts"),
         ({}, {"task": {"model": {"name": "encoder", "of": {"name": "os:system"}}}}, "own_parts"),
         ({"privacy": {"unit": "example"}}, {}, "unit"),
         ({"privacy": {"minimum_noise": 1.0}}, {}, "unit"),

@@ -17,6 +17,7 @@ from umbel.simulations.export import export_adapter
 from umbel.simulations.located import located
 from umbel.simulations.prepare import prepare
 from umbel.simulations.simulate import check, simulate
+from umbel.tasks.begin import base_hash
 
 KINDS = ["reward", "dpo", "grpo", "ppo"]
 MODEL = {"name": "gpt", "layers": 1, "width": 8, "heads": 2, "context": 8}
@@ -79,9 +80,10 @@ def test_a_secure_sum_gives_the_same_figures(tmp_path: Path, kind: str) -> None:
 PRIVATE = {"unit": "example", "noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-3}
 
 
-@pytest.mark.parametrize("kind", ["reward", "dpo", "grpo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_pairs_and_prompts_can_be_hidden(tmp_path: Path, kind: str) -> None:
-    outcome = simulate(make(tmp_path, kind, privacy=PRIVATE))
+    task: dict[str, Any] = {"whitening": False, "kl_target": 0.0} if kind == "ppo" else {}
+    outcome = simulate(make(tmp_path, kind, task=task, privacy=PRIVATE))
     assert outcome.privacy is not None
     assert outcome.status == "finished"
 
@@ -133,6 +135,29 @@ def test_one_run_after_another_each_beside_the_one_before(tmp_path: Path) -> Non
         assert torch.equal(begun.state_dict()[name], tensor)
         reference = dict(begun.reference.named_parameters())  # type: ignore[union-attr]
         assert torch.equal(reference[name.removeprefix("policy.")], tensor)
+
+
+def test_a_reward_model_judges_at_the_clients_and_does_not_travel(tmp_path: Path) -> None:
+    simulate(make(tmp_path, "reward"))
+    learned = {"length": 6, "reward": "learned", "judge": MODEL}
+    run = make(tmp_path, "ppo", task={**learned, "judge_from": "reward"})
+    outcome = simulate(run)
+    assert not [n for n in tensors(tmp_path, outcome.run_id) if n.startswith("judge")]
+    module = prepare(located(run)).module
+    entry = next(e for e in RunStore(tmp_path).list() if e.name == "reward")
+    judge = dict(module.judge.named_parameters())  # type: ignore[union-attr]
+    for name, tensor in tensors(tmp_path, entry.run_id).items():
+        assert torch.equal(judge[name], tensor)
+    texts = torch.randint(6, (5, 8), generator=torch.Generator().manual_seed(0))
+    found = module(texts, judge=True)
+    assert found.shape == (5, 1)
+    assert not found.requires_grad
+    # Its hash is part of what clients and server compare.
+    assert base_hash(module) != base_hash(prepare(make(tmp_path, "ppo")).module)
+    with pytest.raises(InputError, match="there is no reward model"):
+        simulate(make(tmp_path, "ppo", task=learned))
+    with pytest.raises(InputError, match="is it a run of the same model"):
+        simulate(make(tmp_path, "ppo", task={**learned, "judge_from": outcome.run_id}))
 
 
 def shortened(tmp_path: Path, name: str, *overrides: str) -> RunFile:
