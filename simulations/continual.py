@@ -51,7 +51,7 @@ from umbel.tasks.task import Task
 
 MakeEngine = Callable[[RunFile, FederatedData, Task, ClientRule, Callable[[str], None]], Federation]
 
-ENGINES = ("vectorised", "sequential")
+ENGINES = ("vectorised", "sequential", "ray")
 
 
 class Course:
@@ -71,7 +71,7 @@ class Course:
             raise InputError(
                 f"experiences are not on engine '{engine}'",
                 where=WHERE,
-                fix=f"--engine {' or '.join(ENGINES)}",
+                fix=f"--engine {', '.join(ENGINES[:-1])} or {ENGINES[-1]}",
             )
         run = prepared.run
         self.defence = build_defence(run)

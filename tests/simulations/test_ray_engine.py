@@ -270,6 +270,25 @@ def test_a_stored_run_goes_on_with_ray(cluster: Cluster, tmp_path: Path) -> None
     assert Path(outcome.model).read_bytes() == Path(straight.model).read_bytes()
 
 
+def test_a_run_over_experiences_is_that_of_the_vectorised_engine(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    ewc = {"name": "ewc", "strength": 50.0, "examples": 3}
+    stages = {"experiences": 2, "defence": ewc}
+    tables = [
+        run_file(store=str(tmp_path / "a")).model_dump(mode="json"),
+        run_file(store=str(tmp_path / "b"), ray_address=cluster.address).model_dump(mode="json"),
+    ]
+    here, there = (
+        simulate(resolve({**table, "continual": stages}), engine=engine)
+        for table, engine in zip(tables, ("vectorised", "ray"), strict=True)
+    )
+    assert here.model is not None
+    assert there.model is not None
+    assert Path(here.model).read_bytes() == Path(there.model).read_bytes()
+    assert here.continual == there.continual
+
+
 SCRIPT = """
 import sys
 from umbel.core.run_file import resolve
