@@ -27,7 +27,7 @@ FormatOption: TypeAlias = Annotated[
     typer.Option("--format", help="json: one JSON object on stdout, progress on stderr."),
 ]
 StoreOption: TypeAlias = Annotated[
-    str, typer.Option("--store", metavar="S", help="The run store: a folder or sqlite:///FILE.")
+    str, typer.Option("--store", metavar="S", help="The run store: a folder or a database URL.")
 ]
 
 

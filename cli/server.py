@@ -134,12 +134,21 @@ def renew(folder: ServerOption = HERE, format: FormatOption = Format.text) -> No
 
 
 @app.command()
-def start(folder: ServerOption = HERE, format: FormatOption = Format.text) -> None:
+def start(
+    dashboard: Annotated[
+        bool,
+        typer.Option(
+            "--dashboard/--no-dashboard", help="Whether `umbel dashboard` runs beside it."
+        ),
+    ] = True,
+    folder: ServerOption = HERE,
+    format: FormatOption = Format.text,
+) -> None:
     """Serve until interrupted: open to the sites' port alone, runs from the queue."""
     from umbel.deploy import node
     from umbel.deploy.server_folder import ServerFolder
 
-    node.start(ServerFolder(folder), output.note)
+    node.start(ServerFolder(folder), output.note, dashboard=dashboard)
     if format is Format.json:
         output.emit({"status": "ended"})
 

@@ -107,9 +107,10 @@ class Network:
         """Starts the server or a site; its process id."""
         kind = SERVER if name == SERVER else "site"
         folder = self.folder / name
+        without = ["--no-dashboard"] if kind == SERVER else []
         member = Member(
             name,
-            [kind, "start", "--folder", str(folder)],
+            [kind, "start", "--folder", str(folder), *without],
             folder,
             self._data.get(name),
             self.folder / f"{name}.log",

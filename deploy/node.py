@@ -12,15 +12,20 @@ from typing import Any
 
 from umbel.core import locks
 from umbel.core.errors import InputError, RunError
+from umbel.deploy.dashboard.serve import Beside
 from umbel.deploy.manager import Manager, write_status
 from umbel.deploy.server_folder import ServerFolder
 
 STATUS_SECONDS = 1.0
 
 
-def start(folder: ServerFolder, report: Callable[[str], None]) -> None:
+def start(folder: ServerFolder, report: Callable[[str], None], *, dashboard: bool = False) -> None:
     """Serves until it is interrupted (Ctrl-C, SIGTERM).
 
+    Args:
+        folder: the server's.
+        report: called with what an administrator should know.
+        dashboard: whether one is served beside it.
     Raises:
         InputError: no server was made here, it runs already, or the port is taken.
         RunError: the door could not be opened.
@@ -59,10 +64,15 @@ def start(folder: ServerFolder, report: Callable[[str], None]) -> None:
 
     manager = Manager(folder, report, status)
     manager.start()
+    beside = Beside(folder, report) if dashboard else None
     try:
+        if beside is not None:
+            beside.start()
         report(f"listening on {settings.listen}:{port} as {', '.join(settings.hosts)}")
         _serve(server)
     finally:
+        if beside is not None:
+            beside.close()
         manager.close()
         folder.status_file.unlink(missing_ok=True)
         lock.close()

@@ -16,7 +16,7 @@ from umbel.deploy.dashboard.settings import DashboardSettings, read_settings, re
 from umbel.deploy.server_folder import ServerFolder
 from umbel.server.database import locate
 
-RETRY_SECONDS = 30.0
+RETRY_SECONDS, LONGEST_PAUSE = 30.0, 600.0
 PARENT_SECONDS = 1.0
 
 
@@ -47,13 +47,14 @@ def serve(
     from umbel.deploy.dashboard.watch import Watch
 
     location = location or str(folder.store if folder is not None else "runs")
-    home = folder.path if folder is not None else locate(location).folder
+    place = locate(location)
+    home = folder.path if folder is not None else place.folder
     settings = read_settings(home)
     require_safe(settings)
     if folder is not None:
         folder.settings()
-    home.mkdir(parents=True, exist_ok=True)
     os.umask(0o077)
+    place.folder.mkdir(parents=True, exist_ok=True)
     listener = _listen(settings, settings.port if port is None else port)
     source, users = Source(location, folder), Users(location)
     password = users.begin(None if folder is None else folder.admin_file)
@@ -119,6 +120,7 @@ class Beside:
     def _run(self) -> None:
         program = "import sys; from umbel.cli.main import main; sys.exit(main())"
         command = [sys.executable, "-P", "-c", program, "dashboard", "--beside"]
+        pause = RETRY_SECONDS
         while not self._closing.is_set():
             with (self._folder.logs / "dashboard.log").open("a", encoding="utf-8") as log:
                 self._process = subprocess.Popen(
@@ -132,8 +134,9 @@ class Beside:
                 self._hear(self._process, log.write)
             if self._closing.is_set():
                 return
-            self._report(f"the dashboard ended; again in {RETRY_SECONDS:g} s")
-            self._closing.wait(RETRY_SECONDS)
+            self._report(f"the dashboard ended; again in {pause:g} s")
+            self._closing.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _hear(self, process: subprocess.Popen[str], write: Callable[[str], int]) -> None:
         assert process.stderr is not None
