@@ -16,6 +16,9 @@ from umbel.datasets.episodes import Classes
 from umbel.datasets.federated import Arrays, rows, take
 from umbel.tasks.task import Batch, Forward, Task
 
+KEPT = 4
+"""Outputs that the metrics may reuse: a task that asks its model symbol by symbol has many."""
+
 BATCH = 512
 """Examples in a batch of an evaluation: large enough to be fast, small enough for any laptop."""
 
@@ -43,6 +46,7 @@ def per_example(task: Task, forward: Forward, batch: Batch) -> tuple[Tensor, dic
     def remember(*inputs: Any, **named: Any) -> Tensor:
         output = forward(*inputs, **named)
         seen.append(([*inputs, *named.items()], output))
+        del seen[:-KEPT]
         return output
 
     def replay(*inputs: Any, **named: Any) -> Tensor:

@@ -24,8 +24,8 @@ from umbel.tasks.preferences.losses import divergence, log_probs
 from umbel.tasks.reinforcement import returns
 from umbel.tasks.task import Batch, Forward, Task
 
-TOGETHER = 256
-"""Completions that are written in one computation."""
+SCORES = 1 << 26
+"""Scores of symbols that one computation may make: 256 MiB."""
 
 UNIT = "prompt with all its completions"
 
@@ -95,9 +95,11 @@ def roll_out(
     """
     draw = torch.Generator().manual_seed(seed)
     records = {name: column.repeat_interleave(samples, 0) for name, column in held.items()}
+    a_row = (held["x"].shape[1] + play.length) * symbols.vocabulary(play.info, "a policy")
+    most = max(1, SCORES // a_row)
     parts = [
-        _some(forward, {n: c[start : start + TOGETHER] for n, c in records.items()}, play, draw)
-        for start in range(0, len(records["x"]), TOGETHER)
+        _some(forward, {n: c[start : start + most] for n, c in records.items()}, play, draw)
+        for start in range(0, len(records["x"]), most)
     ]
     return Rollouts(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
