@@ -55,11 +55,12 @@ def barlow_twins(a: Tensor, b: Tensor, redundancy: float) -> Tensor:
     Source: Zbontar et al. 2021, equations 1 and 2 and Algorithm 1 (arXiv:2103.03230), with the
     biased standard deviation and 1e-5 under its root.
     """
-    c = _standard(a).T @ _standard(b) / len(a)
+    c = standard(a).T @ standard(b) / len(a)
     on = torch.eye(c.shape[0], dtype=torch.bool, device=c.device)
     apart = c.square().masked_fill(on, 0).sum()
     return ((1 - c.diagonal()).square().sum() + redundancy * apart).expand(len(a))
 
 
-def _standard(z: Tensor) -> Tensor:
+def standard(z: Tensor) -> Tensor:
+    """Each coordinate over the batch, (B, d), with mean 0 and variance 1."""
     return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()

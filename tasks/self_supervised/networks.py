@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from umbel.tasks.self_supervised.losses import standard
+
+Norm: TypeAlias = Literal["layer", "batch"]
+"""Of projector and predictor: of one example alone, or of the batch, with no running statistics,
+which clients of different classes would not share."""
 
 
 class Slow(nn.Module):
@@ -61,9 +68,9 @@ class Around(nn.Module):
         hidden: units of projector and predictor.
         predicts: whether there is a predictor.
         momentum: of the slow copy; ``None``: there is none.
+        norm: of projector and predictor.
 
-    Source: Grill et al. 2020, section 3.1 (arXiv:2006.07733); layer norm in place of batch norm,
-    whose statistics clients of different classes do not share.
+    Source: Grill et al. 2020, section 3.1 (arXiv:2006.07733).
     """
 
     def __init__(
@@ -74,11 +81,12 @@ class Around(nn.Module):
         hidden: int,
         predicts: bool = False,
         momentum: float | None = None,
+        norm: Norm = "layer",
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.projector = head(embedding, hidden, projection)
-        self.predictor = head(projection, hidden, projection) if predicts else None
+        self.projector = head(embedding, hidden, projection, norm)
+        self.predictor = head(projection, hidden, projection, norm) if predicts else None
         both = nn.Sequential(encoder, self.projector)
         self.target = None if momentum is None else Slow(both, momentum)
 
@@ -94,10 +102,19 @@ class Around(nn.Module):
         return torch.cat(found, 1)
 
 
-def head(inputs: int, hidden: int, outputs: int) -> nn.Module:
-    """Two layers, a layer norm between them."""
+def head(inputs: int, hidden: int, outputs: int, norm: Norm = "layer") -> nn.Module:
+    """Two layers, a norm between them."""
     first, last = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
-    return nn.Sequential(first, nn.LayerNorm(hidden), nn.ReLU(), last)
+    between = BatchNorm() if norm == "batch" else nn.LayerNorm(hidden)
+    return nn.Sequential(first, between, nn.ReLU(), last)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm without learned scales and running statistics; of one example, zeros."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, units) -> the same shape."""
+        return standard(z)
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:

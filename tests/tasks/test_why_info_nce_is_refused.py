@@ -45,7 +45,7 @@ def test_one_record_moves_one_term_of_a_loss_of_its_own() -> None:
     assert moved(lambda a, b: cosine(a, b.detach() + 0.1)) <= 1 + 1e-9
 
 
-def private(method: str, model: Any) -> Any:
+def private(method: Any, model: Any) -> Any:
     return resolve(
         {
             "data": {"name": "digits", "split": {"kind": "iid", "clients": 3}},
@@ -59,7 +59,7 @@ def private(method: str, model: Any) -> Any:
 VIT = {"name": "vit", "patch": 4, "layers": 1, "width": 8, "heads": 2}
 
 
-@pytest.mark.parametrize("method", ["simclr", "moco", "barlow-twins", "dino"])
+@pytest.mark.parametrize("method", ["simclr", "moco", "barlow-twins", "dino", "byol", "simsiam"])
 def test_methods_that_couple_records_are_refused(method: str) -> None:
     with pytest.raises(InputError, match="not a mean over its examples"):
         prepare(private(method, "logistic"))
@@ -67,9 +67,14 @@ def test_methods_that_couple_records_are_refused(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "model"),
-    [("byol", "logistic"), ("simsiam", "logistic"), ("mae", VIT), ("i-jepa", VIT)],
+    [
+        ({"name": "byol", "norm": "layer"}, "logistic"),
+        ({"name": "simsiam", "norm": "layer"}, "logistic"),
+        ("mae", VIT),
+        ("i-jepa", VIT),
+    ],
 )
-def test_methods_of_one_record_are_taken(method: str, model: Any) -> None:
+def test_methods_of_one_record_are_taken(method: Any, model: Any) -> None:
     assert prepare(private(method, model)).task.decomposable
 
 
@@ -82,4 +87,4 @@ def test_batch_statistics_make_byol_couple_them(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match="mixes the examples"):
-        prepare(private("byol", "own_encoder:encoder"))
+        prepare(private({"name": "byol", "norm": "layer"}, "own_encoder:encoder"))
