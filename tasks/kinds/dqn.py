@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from umbel.core.run_file import Part
-from umbel.core.settings import Count, Fraction, Share
+from umbel.core.settings import Count, Fraction, NonNegative, Share
 from umbel.datasets.federated import Info
 from umbel.datasets.worlds.world import Floats
 from umbel.tasks.collect import Columns, Moment
 from umbel.tasks.models.build import builder
 from umbel.tasks.reinforcement import losses as of
-from umbel.tasks.reinforcement.acting import explored, played, scale, task, transitions
+from umbel.tasks.reinforcement.acting import played, scale, task, transitions
 from umbel.tasks.reinforcement.play import greedy_but, outputs, play
 from umbel.tasks.task import Batch, Forward, Task
 
@@ -27,8 +27,8 @@ def dqn(
     steps: Count = 128,
     copies: Count = 8,
     gamma: Share = 0.99,
-    epsilon: Fraction = 0.05,
-    explore: Fraction = 0.3,
+    epsilon: Fraction = 0.4,
+    alpha: NonNegative = 7.0,
     double: bool = True,
 ) -> Task:
     """Acting in environments, by a network of what each action is worth: DQN, double or not.
@@ -45,16 +45,18 @@ def dqn(
         steps: in each environment, a round.
         copies: of each environment.
         gamma: discount of a step.
-        epsilon: chance of a random action.
-        explore: share of the rounds in which that falls from 1.
+        epsilon: chance of a random action in the first copy of each environment.
+        alpha: in the last copy it is epsilon to the power 1 + alpha, evenly in between, so that
+            some always see what goes wrong (Horgan et al. 2018, section 4, arXiv:1803.00933).
         double: the model in training chooses what the target network is asked about.
     """
     where = played(info, environment, size, copies)
     unit = scale(gamma)
+    strays = epsilon ** (1 + alpha * np.arange(copies) / max(copies - 1, 1))
 
     def collect(module: nn.Module, held: Floats, moment: Moment) -> Columns:
         world, count, dice = where.worlds(held, moment.seed)
-        stray = explored(moment, epsilon, explore)
+        stray = np.tile(strays, len(held))
         came = play(world, count, lambda x: greedy_but(outputs(module, x), stray, dice), steps)
         found = transitions(came)
         found["target"] = outputs(module, found["following"]).astype(np.float32)

@@ -34,7 +34,7 @@ def dyna(
     gamma: Share = 0.95,
     epsilon: Fraction = 0.2,
     explore: Fraction = 0.0,
-    rollouts: Natural = 8,
+    rollouts: Natural = 2,
     depth: Count = 4,
     repeats: Count = 8,
     world_weight: NonNegative = 1.0,
@@ -56,7 +56,8 @@ def dyna(
         gamma: discount of a step.
         epsilon: chance of a random action.
         explore: share of the rounds in which that falls from 1; 0: it never was.
-        rollouts: imagined for each real step.
+        rollouts: imagined for each real step; what was never tried is imagined wrongly, so that
+            more of them may do harm.
         depth: steps of each.
         repeats: how often each real step is learned from in a pass, so that many imagined ones do
             not outweigh what the world model is made of.

@@ -105,8 +105,11 @@ def sampled(logits: Floats, draw: np.random.Generator) -> Actions:
     return np.asarray(found, np.int64)
 
 
-def greedy_but(logits: Floats, epsilon: float, draw: np.random.Generator) -> Actions:
-    """The best action a row, one of those where there are several, or with this chance any."""
+def greedy_but(logits: Floats, epsilon: float | Floats, draw: np.random.Generator) -> Actions:
+    """The best action a row, one of those where there are several; or any, by chance ``epsilon``.
+
+    That may be one for all, or one for each row.
+    """
     stray = draw.random(len(logits)) < epsilon
     other = draw.integers(logits.shape[1], size=len(logits))
     best = np.where(logits == logits.max(1, keepdims=True), draw.random(logits.shape), -1)

@@ -107,6 +107,9 @@ def reached(name: str, bound: float, store: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "bound"), [("cartpole-ppo", 400), ("cartpole-cloning", 450)])
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [("cartpole-ppo", 400), ("cartpole-cloning", 450), ("grid-q-learning", 1), ("grid-dyna", 1)],
+)
 def test_recipes_reach_what_they_say(tmp_path: Path, name: str, bound: float) -> None:
     assert reached(name, bound, tmp_path) >= bound
