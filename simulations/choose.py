@@ -206,7 +206,7 @@ def _seconds(kernel: AnyKernel, anchor: Tree, work: Any, lr: float, best: float)
         # The first run sets torch up, so that only much more than the best tells something.
         if repetition == 1 and min(found) > 2 * best:
             break
-    return min(found)
+    return float(min(found))
 
 
 def _recall(key: str) -> Choice | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ from umbel.datasets.federated import Arrays, rows
 from umbel.privacy import participation
 from umbel.simulations import chunks, together
 from umbel.simulations.kernels.around import Around
-from umbel.simulations.kernels.kernel import Chunk, Kernel, Subject
+from umbel.simulations.kernels.kernel import Chunk, Kernel, Subject, Trained
 from umbel.simulations.kernels.private import Bound, Private, PrivateChunk
 from umbel.simulations.residents import Residents
 from umbel.tasks.build import model_of
@@ -175,36 +177,29 @@ class Trainer:
                 ]
             )
         padded = batches.Padded(padded.rows[:head], padded.counts[:head])
-        columns = lot.columns
         pooled = lot.rows[padded.rows + lot.offsets[:, None]].astype(np.int64)
-        if any(c.device.type != device.type for c in columns.values()):
-            # All data did not fit there: only the rows of this chunk go, each once.
-            held, inverse = np.unique(pooled, return_inverse=True)
-            pooled = inverse.reshape(pooled.shape)
-            columns = {n: c[torch.from_numpy(held)].to(device) for n, c in columns.items()}
-        seeds = None
-        if draws:
-            seed = run.run.seed
-            seeds = [randomness.torch_seed(seed, "dropout", round_number, c) for c in clients]
-        work = Chunk.of(columns, batches.Padded(pooled, padded.counts), device, seeds)
-        if not together.needed(self._runtime.rule, shared):
-            return work
-        kept: list[dict[str, Tensor] | None] = [None] * len(clients)
-        if states is not None and self._runtime.rule.keeps:
-            kept = states.get(round_number, clients)
+        columns, at_device = _there(lot.columns, pooled, device)
+        seeds = self._seeds(round_number, clients) if draws else None
+        work = Chunk.of(columns, batches.Padded(at_device, padded.counts), device, seeds)
         steps = (work.counts > 0).sum(0)
-        model = model_of(self.module)
-        around = together.opened(self._runtime, model, shared, clients, kept, steps)
-        return work._replace(around=around)
+        return work._replace(around=self._around(round_number, clients, shared, states, steps))
 
-    def train(self, kernel: Kernel, plan: TrainPlan, places: chunks.Places, draws: bool) -> Updates:
-        """Trains some clients in one computation.
+    def train(
+        self,
+        kernel: Kernel | Private,
+        plan: TrainPlan,
+        places: chunks.Places,
+        draws: bool,
+        bound: Bound,
+    ) -> Updates:
+        """Trains some clients together; by DP-SGD without metrics, which would be a release.
 
         Args:
             kernel: trains them.
             plan: of the round.
             places: of the clients among the names of the data, those with most steps first.
             draws: whether the model draws random numbers in training.
+            bound: of one computation of a private kernel; the others take all.
         """
         runtime, data, model = self._runtime, self._residents.data, plan.model
         load(self.module, model, runtime.at_home)
@@ -212,16 +207,30 @@ class Trainer:
         if kernel.even and len(set(lot.sizes.tolist())) > 1:
             raise ValueError("clients made examples of different numbers")
         places = lot.places
-        work = self._work(plan.round, lot, draws, plan.shared, plan.states)
         lr = optimizers.learning_rate(runtime.run.client, plan.round, runtime.run.run.rounds)
-        anchor = to_device(model.params, runtime.device)
-        around, sizes = work.around, _size(data.train_holdings.offsets, places)
+        train: Callable[[Tree], Trained]
+        about = plan.round, lot, draws, plan.shared, plan.states
+        if isinstance(kernel, Private):
+            private = self._private_work(*about, bound)
+            train, around, counts = (
+                partial(kernel.train, chunk=private, lr=lr),
+                private.around,
+                torch.zeros(0),
+            )
+        else:
+            work = self._work(*about)
+            train, around, counts = (
+                partial(kernel.train, chunk=work, lr=lr),
+                work.around,
+                work.counts,
+            )
+        sizes = _size(data.train_holdings.offsets, places)
         clients = [data.names[place] for place in places.tolist()]
         if around is None:
-            tensors, totals = kernel.train(anchor, work, lr)
+            tensors, totals = train(to_device(model.params, runtime.device))
             delta = _delta(model, tensors, len(places))
         else:
-            tensors, totals = kernel.train(around.anchor, work, lr)
+            tensors, totals = train(around.anchor)
             examples = torch.from_numpy(sizes).to(runtime.device, torch.float32)
             assert around.steps is not None
             taken = own.Taken(around.steps, examples, self._losses(around, places))
@@ -237,7 +246,7 @@ class Trainer:
             besides = {**closed.delta, **closed.uploads}
             home = next(iter(model.tensors().values())).device
             delta = {**moved, **to_device(besides, home)}
-        seen = work.counts.sum(0).cpu()
+        seen = counts.sum(0).cpu()
         return Updates(
             plan.round,
             clients,
@@ -251,75 +260,93 @@ class Trainer:
         round_number: int,
         places: chunks.Places,
         draws: bool,
+        shared: Tree,
+        states: States | None,
         bound: Bound,
         head: int | None = None,
     ) -> PrivateChunk:
-        """The work of one round of DP-SGD for some clients, those with most steps first.
+        """:meth:`chunk` for DP-SGD.
 
         Args:
             round_number: 1 … rounds.
             places: of the clients among the names of the data.
             draws: whether the model draws random numbers in training.
+            shared: what the strategy broadcasts besides the model, ``letter/name`` -> (*shape).
+            states: where clients keep what they keep; ``None``: they have just begun.
             bound: of one computation.
             head: only so many steps.
         """
-        runtime, data = self._runtime, self._residents.data
-        run, device, names = runtime.run, runtime.device, list(self._names)
-        clients = [data.names[place] for place in places.tolist()]
-        sizes = _size(data.train_holdings.offsets, places).tolist()
+        lot = self._lot(round_number, places, states)
+        return self._private_work(round_number, lot, draws, shared, states, bound, head)
+
+    def _private_work(
+        self,
+        round_number: int,
+        lot: _Lot,
+        draws: bool,
+        shared: Tree,
+        states: States | None,
+        bound: Bound,
+        head: int | None = None,
+    ) -> PrivateChunk:
+        runtime = self._runtime
+        run, device, sizes = runtime.run, runtime.device, lot.sizes.tolist()
+        clients = [self._residents.data.names[place] for place in lot.places.tolist()]
         plans = [participation.plan(run, n) for n in sizes]
-        clips = [Clip(run.privacy, names, n / p.parts) for n, p in zip(sizes, plans, strict=True)]
+        clips = [
+            Clip(run.privacy, self._names, n / p.parts) for n, p in zip(sizes, plans, strict=True)
+        ]
         sources = [runtime.sources(round_number, client) for client in clients]
         steps = max(p.steps for p in plans) if head is None else head
-        counts = np.zeros((steps, len(places)), np.int64)
-        drawn = np.zeros((steps, len(places)))
-        batches_of: dict[tuple[int, int], chunks.Places] = {}
-        for at, place in enumerate(places.tolist()):
-            held = data.train_holdings.of_client(place).astype(np.int64)
-            taken = schedule(plans[at], sizes[at], clips[at], sources[at])
+        counts = np.zeros((steps, len(clients)), np.int64)
+        drawn = np.zeros((steps, len(clients)))
+        dealt: dict[tuple[int, int], chunks.Places] = {}
+        for at, (own_plan, clip) in enumerate(zip(plans, clips, strict=True)):
+            taken = schedule(own_plan, sizes[at], clip, sources[at])
             for step, (batch, noise) in enumerate(itertools.islice(taken, head)):
-                batches_of[step, at] = held[batch]
+                dealt[step, at] = lot.rows[batch + lot.offsets[at]].astype(np.int64)
                 counts[step, at], drawn[step, at] = len(batch), noise
-        rows = np.zeros((steps, len(places), int(counts.max(initial=0))), np.int64)
-        for (step, at), batch in batches_of.items():
+        pooled = np.zeros((steps, len(clients), int(counts.max(initial=0))), np.int64)
+        for (step, at), batch in dealt.items():
             # Padding repeats an example of the same batch; an empty one is computed nowhere.
-            rows[step, at] = batch[0] if len(batch) else 0
-            rows[step, at, : len(batch)] = batch
-        columns = self.columns
-        if any(c.device.type != device.type for c in columns.values()):
-            index, inverse = np.unique(rows, return_inverse=True)
-            rows = inverse.reshape(rows.shape)
-            columns = {n: c[torch.from_numpy(index)].to(device) for n, c in columns.items()}
-        seeds = None
-        if draws:
-            seed = run.run.seed
-            seeds = [randomness.torch_seed(seed, "dropout", round_number, c) for c in clients]
+            pooled[step, at] = batch[0] if len(batch) else 0
+            pooled[step, at, : len(batch)] = batch
+        columns, at_device = _there(lot.columns, pooled, device)
         active = [sum(p.steps > step for p in plans) for step in range(steps)]
-        on_device = torch.from_numpy(rows).to(device)
-        return PrivateChunk(columns, on_device, counts, active, drawn, sources, clips, bound, seeds)
-
-    def train_privately(
-        self,
-        kernel: Private,
-        plan: TrainPlan,
-        places: chunks.Places,
-        draws: bool,
-        bound: Bound,
-    ) -> Updates:
-        """:meth:`train` by DP-SGD; no metrics, which would be a release of their own."""
-        runtime, data, model = self._runtime, self._residents.data, plan.model
-        load(self.module, model)
-        work = self.private_chunk(plan.round, places, draws, bound)
-        lr = optimizers.learning_rate(runtime.run.client, plan.round, runtime.run.run.rounds)
-        tensors = kernel.train(to_device(model.params, runtime.device), work, lr).tensors
-        sizes = _size(data.train_holdings.offsets, places)
-        return Updates(
-            plan.round,
-            [data.names[place] for place in places.tolist()],
-            _delta(model, tensors, len(places)),
-            torch.from_numpy(sizes.astype(np.float64)),
-            {},
+        work = PrivateChunk(
+            columns,
+            torch.from_numpy(at_device).to(device),
+            counts,
+            active,
+            drawn,
+            sources,
+            clips,
+            bound,
+            self._seeds(round_number, clients) if draws else None,
         )
+        lengths = torch.tensor([p.steps for p in plans])
+        return work._replace(around=self._around(round_number, clients, shared, states, lengths))
+
+    def _seeds(self, round_number: int, clients: Sequence[str]) -> list[int]:
+        seed = self._runtime.run.run.seed
+        return [randomness.torch_seed(seed, "dropout", round_number, c) for c in clients]
+
+    def _around(
+        self,
+        round_number: int,
+        clients: Sequence[str],
+        shared: Tree,
+        states: States | None,
+        steps: Tensor,
+    ) -> Around | None:
+        """What the rule reads of clients that take so many ``steps`` each, if it reads any."""
+        if not together.needed(self._runtime.rule, shared):
+            return None
+        kept: list[dict[str, Tensor] | None] = [None] * len(clients)
+        if states is not None and self._runtime.rule.keeps:
+            kept = states.get(round_number, clients)
+        model = model_of(self.module)
+        return together.opened(self._runtime, model, shared, clients, kept, steps)
 
     def _losses(self, around: Around, places: chunks.Places) -> Tensor:
         """The global model's mean loss over each client's examples, where the rule asks; (C,)."""
@@ -338,6 +365,18 @@ class Trainer:
                 scores = evaluate(runtime.task, module, examples, device=runtime.device)[1]
                 found.append(scores["loss"])
         return torch.tensor(found, dtype=torch.float32, device=runtime.device)
+
+
+def _there(
+    columns: Tree, pooled: chunks.Places, device: torch.device
+) -> tuple[Tree, chunks.Places]:
+    """Columns on the device, and the rows of them that ``pooled`` were."""
+    if all(c.device.type == device.type for c in columns.values()):
+        return columns, pooled
+    # All data did not fit there: only the rows of this chunk go, each once.
+    held, inverse = np.unique(pooled, return_inverse=True)
+    there = {n: c[torch.from_numpy(held)].to(device) for n, c in columns.items()}
+    return there, inverse.reshape(pooled.shape)
 
 
 def _size(offsets: chunks.Places, places: chunks.Places) -> chunks.Places:

@@ -208,7 +208,7 @@ class Vectorised:
             draws, some = examination.draws, order[:clients]
             if self._runtime.private is not None:
                 bound = Bound(None, self._examples(footprint))
-                return self._trainer.private_chunk(1, some, draws, bound, steps)
+                return self._trainer.private_chunk(1, some, draws, plan.shared, None, bound, steps)
             return self._trainer.chunk(1, some, draws, plan.shared, None, steps)
 
         subject = self._trainer.subject(examination.draws, plan.shared)
@@ -296,13 +296,9 @@ class Vectorised:
         assert found.choice is not None
         try:
             updates = None  # where no kernel has the per-example gradients, the runtime has
-            if isinstance(found.kernel, Private):
+            if self._runtime.private is None or isinstance(found.kernel, Private):
                 bound = Bound(found.choice.plan.chunk, self._examples(found.footprint))
-                updates = self._trainer.train_privately(
-                    found.kernel, plan, places, found.draws, bound
-                )
-            elif self._runtime.private is None:
-                updates = self._trainer.train(found.kernel, plan, places, found.draws)
+                updates = self._trainer.train(found.kernel, plan, places, found.draws, bound)
         except UmbelError:
             raise
         except Exception as error:

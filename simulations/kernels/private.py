@@ -22,6 +22,7 @@ from umbel.privacy.per_example.clipped import Bounds, Unsupported
 from umbel.privacy.per_example.functional import MEMORY
 from umbel.privacy.per_example.layers import Known, written
 from umbel.privacy.sources import Source
+from umbel.simulations.kernels import stepping
 from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.draws import Draw, Draws
 from umbel.simulations.kernels.kernel import Obstacle, Subject, Trained
@@ -56,6 +57,7 @@ class PrivateChunk(NamedTuple):
         clips: of each client.
         bound: of one computation.
         seeds: of torch's generator, a client each, where the model draws random numbers.
+        around: what the rule's parts may read, where that is more than the global parameters.
     """
 
     columns: Batch
@@ -67,6 +69,7 @@ class PrivateChunk(NamedTuple):
     clips: Sequence[Clip]
     bound: Bound
     seeds: list[int] | None = None
+    around: Around | None = None
 
     def clients(self) -> int:
         """How many clients there are."""
@@ -90,8 +93,6 @@ class Private:
     def __init__(self, subject: Subject, images: bool, by_layer: bool | None = None) -> None:
         self._subject = subject
         self._task, self._rule = subject.runtime.task, subject.runtime.rule
-        if not self._rule.plain or self._rule.after is not None:
-            raise Obstacle("DP-SGD of clients that keep or send more than deltas")
         self._program = trace(subject.module)
         if self._program.has(nn.Conv2d) != images:
             raise Obstacle("it has a convolution" if not images else "it has no convolution")
@@ -122,10 +123,15 @@ class Private:
     def train(self, anchor: Tree, chunk: PrivateChunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
         device, section = self._subject.runtime.device, self._subject.runtime.run.client
-        params = {n: p.expand(chunk.clients(), *p.shape).clone() for n, p in anchor.items()}
+        around, after = chunk.around or Around(anchor), self._rule.after
+        params = {
+            name: around.start[name].clone()
+            if name in around.start
+            else p.expand(chunk.clients(), *p.shape).clone()
+            for name, p in anchor.items()
+        }
         optimizer = optimizers.Stacked(section, lr)
         draws = None if chunk.seeds is None else Draws(chunk.seeds, device)
-        around = Around(anchor)
         for step, active in enumerate(chunk.active):
             views = {name: p[:active] for name, p in params.items()}
             with devices.autocast(device, section):
@@ -137,8 +143,12 @@ class Private:
                     torch.div(noisy, clip.expected, out=total[name])
                 came, drawn = int(chunk.counts[step, client]), float(chunk.drawn[step, client])
                 clip.follow(short[client], came, drawn)
-            stepped = self._with_rule(views, gradient, around)
+            now = around.at(step, active)
+            stepped = self._with_rule(views, gradient, now)
+            before = None if after is None else {n: p.clone() for n, p in views.items()}
             optimizer.step(list(views.values()), [stepped[name] for name in views])
+            if before is not None:
+                stepping.settle(self._rule, now, views, stepped, before)
         return Trained(params, {})
 
     def _sums(

@@ -68,7 +68,7 @@ def train(
         before = None if rule.after is None else {n: p.clone() for n, p in views.items()}
         optimizer.step(list(views.values()), [gradient[name] for name in views])
         if before is not None:
-            _settle(rule, now, views, gradient, before)
+            settle(rule, now, views, gradient, before)
         if totals:
             for name, value in sums.items():
                 totals[name][:active] += value
@@ -77,7 +77,7 @@ def train(
     return Trained(params, totals)
 
 
-def _settle(
+def settle(
     rule: ClientRule, around: Around, params: Tree, gradient: Mapping[str, Tensor], before: Tree
 ) -> None:
     """What the rule makes of a step, in place."""

@@ -109,7 +109,7 @@ def _convolution(layer: nn.Conv2d, x: Value, g: Value) -> dict[str, Known]:
         images, padding = F.pad(images, (left, right, top, bottom)), (0, 0)
     examples = len(pixels) * x.clients
     inside, shape = layer.in_channels // layer.groups, layer.kernel_size
-    found = conv2d_weight(
+    found = conv2d_weight(  # type: ignore[no-untyped-call]
         _apart(images, x.clients),
         (examples * layer.out_channels, inside, *shape),
         _apart(pixels, x.clients),

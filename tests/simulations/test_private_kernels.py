@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from umbel.core import registry
 from umbel.core.errors import InputError
 from umbel.core.payloads import TrainPlan, Updates
 from umbel.core.run_file import resolve
 from umbel.core.trees import norm, subtract
 from umbel.datasets.federated import FederatedData, Holdings, Info, Numbered
+from umbel.server.records import Scores
+from umbel.server.rounds import Start, rounds
 from umbel.simulations import private_trial
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.engines.vectorised import vectorised
@@ -264,3 +267,24 @@ def test_pieces_hold_every_example_once_and_little_padding():
         computed += len(some) * (columns.stop - columns.start)
     assert all((seen[i, :n] == 1).all() for i, n in enumerate(counts))
     assert computed <= 1.2 * counts.sum()
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fedper"])
+def test_strategies_whose_clients_keep_or_send_more(name):
+    """Two rounds, so that what was kept is used; equal models on both engines."""
+    data, task = federated(), Task(mlp, losses, lambda model, batch: {})
+    run = run_file({"noise_multiplier": 0.4}, {}, rounds=2, engine_plan="stacked:chunk=4")
+    run = run.model_copy(update={"strategy": run.strategy.model_copy(update={"name": name})})
+    strategy = registry.find("strategies", name, "[strategy]")()
+    model = model_of(initial_module(task, 0))
+    ended = []
+    for make in (sequential, vectorised):
+        federation = make(run, data, task, strategy.client)
+        start = Start(0, model, strategy.init(strategy.travelling(model).params))
+        *_, last = rounds(run, strategy, federation, start, lambda number, model: Scores({}, {}))
+        assert not last.record.failures
+        ended.append(last.model.params)
+        federation.close()
+    moved = norm(subtract(ended[0], model.params))
+    assert moved > 0.05
+    assert norm(subtract(*ended)) <= 1e-5 * moved
