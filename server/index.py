@@ -73,15 +73,17 @@ class Index:
         self._database = database
         self._behind: set[str] = set()
         self._told: dict[str, list[dict[str, Any]]] = {}
-        self._wake = threading.Event()
-        self._closing = False
+        self._told_lock = threading.Lock()
+        self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
 
     def wake(self, run_id: str) -> None:
         """A round of this run was committed."""
         if self._process != os.getpid():  # a fork has no thread
-            self._process, self._thread, self._wake = os.getpid(), None, threading.Event()
+            self._process, self._thread = os.getpid(), None
+            self._wake, self._closing = threading.Event(), threading.Event()
+            self._told_lock = threading.Lock()
         self._behind.add(run_id)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="run-index", daemon=True)
@@ -93,7 +95,8 @@ class Index:
         self._behind.discard(run_id)
         try:
             with _writing:
-                told = self._told.pop(run_id, [])
+                with self._told_lock:
+                    told = self._told.pop(run_id, [])
                 if told:
                     with self._database.write() as connection:
                         known = ("sent", "done", "bytes_down", "bytes_up")
@@ -106,25 +109,30 @@ class Index:
     def keep(self, run_id: str, dispatches: Sequence[Dispatch]) -> None:
         """Takes what is known of dispatches; a kill before it is written loses it."""
         rows = [{"run_id": run_id, **dispatch._asdict()} for dispatch in dispatches]
-        self._told.setdefault(run_id, []).extend(rows)
+        with self._told_lock:
+            self._told.setdefault(run_id, []).extend(rows)
         self.wake(run_id)
 
     def close(self) -> None:
-        """Ends the thread, after what it is at."""
-        self._closing = True
+        """Ends the thread, and writes what it has not."""
+        if self._process != os.getpid():
+            return
+        self._closing.set()
         self._wake.set()
-        if self._thread is not None and self._process == os.getpid():
+        if self._thread is not None:
             self._thread.join()
-        self._thread, self._closing = None, False
+        self._thread = None
+        self._closing.clear()
+        for run_id in list(self._behind):
+            self.catch_up(run_id)
 
     def _work(self) -> None:
-        while not self._closing:
+        while not self._closing.is_set():
             self._wake.wait()
             self._wake.clear()
             for run_id in list(self._behind):
                 self.catch_up(run_id)
-            pause = threading.Event()
-            pause.wait(0 if self._closing else PAUSE)
+            self._closing.wait(PAUSE)
 
 
 def _advance(database: Database, run_id: str) -> bool:

@@ -60,18 +60,22 @@ def enter(
     rows = [{"run_id": run_id, "round": r.round, "record": json.dumps(r.as_json())} for r in new]
     if rows:
         connection.execute(sa.insert(round_table), rows)
-    if not any(row.file == name for row in checkpoints(connection, run_id)):
+    kept = [row.file for row in checkpoints(connection, run_id)]
+    mine = checkpoint_table.c.run_id == run_id
+    if name in kept:
+        again = sa.update(checkpoint_table).where(mine, checkpoint_table.c.file == name)
+        connection.execute(again.values(sha256=sha256))
+    else:
         row = {"run_id": run_id, "round": last, "file": name, "sha256": sha256}
         connection.execute(sa.insert(checkpoint_table), row)
-    found = checkpoints(connection, run_id)
-    mine = checkpoint_table.c.run_id == run_id
-    for old in found[KEPT:]:
+        kept.insert(0, name)
+    if gone := kept[KEPT:]:
         connection.execute(
-            sa.delete(checkpoint_table).where(mine, checkpoint_table.c.round == old.round)
+            sa.delete(checkpoint_table).where(mine, checkpoint_table.c.file.in_(gone))
         )
     seconds = run_table.c.seconds + sum(r.seconds for r in new)
     connection.execute(sa.update(run_table).where(this).values(rounds_done=last, seconds=seconds))
-    return {row.file for row in found[:KEPT]}
+    return set(kept[:KEPT])
 
 
 def drop_after(connection: sa.Connection, run_id: str, last: int) -> None:

@@ -32,8 +32,7 @@ def login(request: Request) -> Response:
     form, users, throttle = request.state.form, _users(request), request.app.state.throttle
     name, password = form.get("user", "")[:64], form.get("password", "")
     address = request.client.host if request.client else ""
-    keys = (f"address {address}", f"user {name} {address}")
-    wait = throttle.wait(*keys)
+    wait = throttle.wait(address)
     if wait > 0:
         page = render(
             request, "login.html", status=429, error=f"too many failures: wait {wait:.0f} s"
@@ -41,12 +40,14 @@ def login(request: Request) -> Response:
         page.headers["Retry-After"] = str(int(wait) + 1)
         return page
     with _hashing:
+        if throttle.wait(address) > 0:  # those who came at the same time have failed meanwhile
+            return render(request, "login.html", status=429, error="too many failures: wait")
         user = users.check(name, password)
+        if user is None:
+            throttle.failed(address)
     if user is None:
-        throttle.failed(*keys)
         users.note("–", "login refused", user=name, address=address)
         return render(request, "login.html", status=401, error="this user and password do not fit")
-    throttle.passed(*keys)
     users.note(user.name, "login", address=address)
     _, cookie = request.app.state.sessions.begin(user.name, user.stamp)
     tls = bool(request.app.state.tls)

@@ -80,7 +80,9 @@ class Sessions:
 
 
 class Throttle:
-    """Counts failures by name and by address: too many, and the door stays shut for a while.
+    """Counts failures by address: too many, and the door stays shut for a while.
+
+    A success takes nothing back: else whoever has an account could guess another's for ever.
 
     Args:
         clock: seconds, monotonic.
@@ -91,29 +93,22 @@ class Throttle:
         self._failures: OrderedDict[str, list[float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def wait(self, *keys: str) -> float:
-        """Seconds until one of these may try again; 0: now."""
+    def wait(self, address: str) -> float:
+        """Seconds until this address may try again; 0: now."""
         now = self._clock()
         with self._lock:
-            waits = [0.0]
-            for key in keys:
-                recent = [t for t in self._failures.get(key, ()) if now - t < WINDOW]
-                if len(recent) >= MOST_FAILURES:
-                    waits.append(WINDOW - (now - recent[-MOST_FAILURES]))
-            return max(waits)
+            recent = self._recent(address, now)
+        return WINDOW - (now - recent[0]) if len(recent) == MOST_FAILURES else 0.0
 
-    def failed(self, *keys: str) -> None:
-        """Each of these has failed once more."""
+    def failed(self, address: str) -> None:
+        """It has failed once more."""
         now = self._clock()
         with self._lock:
-            for key in keys:
-                recent = [t for t in self._failures.pop(key, ()) if now - t < WINDOW]
-                self._failures[key] = [*recent, now][-MOST_FAILURES:]
+            recent = self._recent(address, now)
+            self._failures.pop(address, None)
+            self._failures[address] = [*recent, now][-MOST_FAILURES:]
             while len(self._failures) > MOST_KEPT:
                 self._failures.popitem(last=False)
 
-    def passed(self, *keys: str) -> None:
-        """Each of these got in."""
-        with self._lock:
-            for key in keys:
-                self._failures.pop(key, None)
+    def _recent(self, address: str, now: float) -> list[float]:
+        return [t for t in self._failures.get(address, ()) if now - t < WINDOW]
