@@ -18,7 +18,7 @@ class Policy(nn.Module):
     """A model of the next symbol, its frozen copy, and perhaps a value for each state.
 
     The copy is the model as the run began: each side builds its own, and it never travels. What an
-    adapter leaves frozen is one tensor for both.
+    adapter leaves frozen is one tensor for both. Nothing is dropped, by either.
 
     Args:
         policy: (B, T) symbols -> (B, T, symbols).
@@ -47,6 +47,9 @@ class Policy(nn.Module):
         judge: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        for part in policy.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0  # else a ratio of two policies would be one of two draws
         self.policy = policy
         self.reference: nn.Module | None = _frozen_copy(policy) if reference else None
         self.judge: nn.Module | None = None if judge is None else _frozen(judge())
@@ -91,7 +94,8 @@ class Policy(nn.Module):
             logits: Tensor = self.policy(tokens)
         if self.value is None:
             return logits
-        states = seen[-1][:, -tokens.shape[1] :]
+        # Prompts that an adapter puts before the record have states, too.
+        states = seen[-1][:, -tokens.shape[1] :].to(self.value.weight.dtype)
         return torch.cat([logits, self.value(states).to(logits.dtype)], 2)
 
     def train(self, mode: bool = True) -> Policy:

@@ -249,6 +249,19 @@ def test_values_are_linear_in_what_the_last_layer_sees() -> None:
     handle = module.policy.head.register_forward_pre_hook(lambda m, given: hidden.append(given[0]))
     torch.testing.assert_close(module(tokens)[..., -1], hidden[0].sum(2) + 2)
     handle.remove()
+    module.policy.to(torch.bfloat16)
+    assert module(tokens).dtype is torch.bfloat16
+
+
+def test_a_model_of_transformers_has_values_behind_an_adapters_prompts() -> None:
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 12, "n_positions": 16}
+    model = {"name": "transformers", "config": config}
+    for adapter in ("prompt-tuning", "lora"):
+        module = initial_module(make("ppo", length=2, model=model, adapter=adapter), 0)
+        assert module.value.in_features == 12
+        tokens = torch.randint(7, (3, 6), generator=torch.Generator().manual_seed(0))
+        assert module(tokens).shape == (3, 6, 9)
+        torch.testing.assert_close(module(tokens)[..., :-1], module(tokens, reference=True))
 
 
 def play(**changes: Any) -> rollouts.Play:
