@@ -97,7 +97,8 @@ def test_the_fastest_of_the_trial_is_taken_and_remembered(cache):
     assert first["source"] == "trial"
     assert first["refused"] == {"grouped": "it has no convolution"}
     assert {"lean:chunk=8", "stacked:chunk=5"} <= first["seconds_per_client"].keys()
-    assert first["plan"] == min(first["seconds_per_client"], key=first["seconds_per_client"].get)
+    seconds = first["seconds_per_client"]  # a whole cohort is preferred by a tenth
+    assert 0.9 * seconds[first["plan"]] <= min(seconds.values())
     assert len(json.loads(cache.read_text())) == 1
 
     second, again = record_of()
