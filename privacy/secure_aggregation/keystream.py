@@ -23,10 +23,11 @@ Words = npt.NDArray[np.uint32]
 _CHUNK = 1 << 18  # bytes: vector, key stream and zeros stay in a second-level cache of 1 MiB
 _TOGETHER = 256  # streams that are open at one time
 _ZEROS = bytes(_CHUNK)
+_MODE = modes.GCM(bytes(12))
 
 
 def _stream(key: bytes) -> CipherContext:
-    return Cipher(algorithms.AES256(key), modes.GCM(bytes(12))).encryptor()
+    return Cipher(algorithms.AES256(key), _MODE).encryptor()
 
 
 class KeyStream:

@@ -33,6 +33,7 @@ from umbel.privacy.secure_aggregation.wire import Entry, Reader, pack_entries, p
 
 MAGIC = b"UMBELS\x01"  # seven bytes: a header of 40 leaves the words of a vector aligned
 DIGEST_BYTES = 32
+HEADER_BYTES = len(MAGIC) + 1 + DIGEST_BYTES
 ADVERT_BYTES = 4 + KEY_BYTES + NONCE_BYTES
 MAX_DETAIL = 200
 _REASONS = frozenset(reason.value for reason in Reason)
@@ -393,14 +394,14 @@ def decode(data: bytes, terms_digest: bytes) -> Message:
             message of another round. Invitation and Again are not compared: they say what the round
             is.
     """
-    reader = Reader(data)
-    if reader.take(len(MAGIC)) != MAGIC:
+    if data[: len(MAGIC)] != MAGIC or len(data) < HEADER_BYTES:
         raise Refused(Reason.MALFORMED, "no message of this protocol and version")
-    kind = KINDS.get(reader.number(1))
+    kind = KINDS.get(data[len(MAGIC)])
     if kind is None:
         raise Refused(Reason.MALFORMED, "a message of no known kind")
-    if reader.take(DIGEST_BYTES) != terms_digest and kind not in (Invitation, Again):
+    if data[len(MAGIC) + 1 : HEADER_BYTES] != terms_digest and kind not in (Invitation, Again):
         raise Refused(Reason.REPLAY, "a message of another run, round or model")
+    reader = Reader(data, HEADER_BYTES)
     message = kind.read(reader)
     reader.finish()
     return message

@@ -127,6 +127,7 @@ class Server:
         self._design = design
         self._min_cohort = min_cohort
         self._stage = Stage.ADVERTS
+        self._expected: type[Message] | None = Advert
         self._waiting = set(self._invited)
         self.lost: dict[int, str] = {}  # member -> stage it was last waited for in, or its reason
         self.turned_away: list[tuple[int, str]] = []  # messages that were not used, and why
@@ -188,7 +189,7 @@ class Server:
             message = decode(data, self._digest)
             if isinstance(message, Refusal):
                 self._take_refusal(member, message)
-            elif type(message) is not self._stage.value:
+            elif type(message) is not self._expected:
                 self.turned_away.append((member, f"late or early {type(message).__name__}"))
             elif member not in self._waiting or getattr(message, "member", None) != member:
                 self.turned_away.append((member, f"{type(message).__name__} not waited for"))
@@ -267,7 +268,7 @@ class Server:
             return Aborted(str(cannot))
 
     def _end(self) -> None:
-        self._stage = Stage.OVER
+        self._stage, self._expected = Stage.OVER, None
         self._waiting = set()
         self._sum = np.zeros(0, dtype="<u4")
         for kept in (self._boxes, self._seals, self._seeds, self._roots):
@@ -281,7 +282,7 @@ class Server:
         return Outbox({m: encoded[id(message)] for m, message in messages.items()})
 
     def _open(self, stage: Stage, members: Iterable[int]) -> None:
-        self._stage = stage
+        self._stage, self._expected = stage, stage.value
         self._waiting = set(members)
 
     def _close_adverts(self) -> Outbox:

@@ -47,12 +47,27 @@ def unmask(
     Raises:
         Cannot: the shares of some member do not give the secret that it committed to.
     """
-    shares = opened.reshape(-1, opened.shape[-1])
+    # The first holders of each, and how many there are.
+    first = np.argsort(~given, axis=1, kind="stable")[:, :threshold]
+    counts = given.sum(axis=1)
+    shares = opened.reshape(-1, opened.shape[-1])[np.take_along_axis(edges.back, first, axis=1)]
+
+    def rebuilt(member: int) -> bytes:
+        row = edges.row[member]
+        if counts[row] < threshold:
+            raise Cannot(f"{counts[row]} shares of member {member}, need {threshold}")
+        held, width = shares[row].tobytes(), shares.shape[-1]
+        points = [place + 1 for place in first[row].tolist()]
+        parts = [held[at : at + width] for at in range(0, len(held), width)]
+        try:
+            return shamir.combine(dict(zip(points, parts, strict=True)))
+        except shamir.InconsistentSharesError:
+            raise Cannot(f"the shares of member {member} do not belong together") from None
+
     remove: list[bytes] = []
     restore: list[bytes] = []
     for member in survivors:
-        row = edges.row[member]
-        seed = _rebuild(edges, row, shares, given, threshold)
+        seed = rebuilt(member)
         if seed_digest(graph_digest, member, seed) != digests[member][0]:
             raise Cannot(f"the shares of member {member}'s seed are not those that it dealt")
         remove.append(keys.self_mask(seed, member))
@@ -61,7 +76,7 @@ def unmask(
         places = np.flatnonzero(live[row])
         if not len(places):
             continue
-        root = _rebuild(edges, row, shares, given, threshold)
+        root = rebuilt(member)
         if root_digest(graph_digest, member, root) != digests[member][1]:
             raise Cannot(f"the shares of member {member}'s root are not those that it dealt")
         sealed = seals.reshape(-1, seals.shape[-1])[edges.back[row, places], TAG_BYTES:]
@@ -71,16 +86,3 @@ def unmask(
             # v added the mask with a higher number and took off the one with a lower.
             (remove if member > v else restore).append(mask)
     add_streams(total, restore, remove)
-
-
-def _rebuild(edges: Edges, row: int, shares: Bytes, given: Flags, threshold: int) -> bytes:
-    places = np.flatnonzero(given[row])[:threshold]
-    member = edges.members[row]
-    if len(places) < threshold:
-        raise Cannot(f"{len(places)} shares of member {member}, need {threshold}")
-    held = shares[edges.back[row, places]]
-    points = (places + 1).tolist()
-    try:
-        return shamir.combine(dict(zip(points, map(bytes, held), strict=True)))
-    except shamir.InconsistentSharesError:
-        raise Cannot(f"the shares of member {member} do not belong together") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain
 from operator import lt
 from typing import overload
@@ -21,18 +21,23 @@ class Entries(Sequence[Entry]):
         data: for each the member, 4 bytes, and its own ``size`` bytes.
     """
 
+    __slots__ = ("_members", "data", "size")
+
     def __init__(self, data: bytes, size: int) -> None:
         self.data, self.size = data, size
+        self._members: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, entries: Sequence[Entry], size: int) -> Entries:
         """The same entries, each of ``size`` bytes."""
         return entries if isinstance(entries, Entries) else cls(pack_entries(entries)[4:], size)
 
-    @cached_property
+    @property
     def members(self) -> tuple[int, ...]:
         """Whom they concern."""
-        return _members_of(len(self), self.size).unpack(self.data)
+        if self._members is None:
+            self._members = _members_of(len(self), self.size).unpack(self.data)
+        return self._members
 
     def __len__(self) -> int:
         return len(self.data) // (4 + self.size)
@@ -60,11 +65,14 @@ def _members_of(count: int, size: int) -> struct.Struct:
 
 
 class Reader:
-    """Takes values off the front of ``data``; anything missing or left over is a refusal."""
+    """Takes values off the front of ``data``; anything missing or left over is a refusal.
 
-    def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
-        self._at = 0
+    Args:
+        at: where the front is.
+    """
+
+    def __init__(self, data: bytes, at: int = 0) -> None:
+        self._data, self._at = memoryview(data), at
 
     def take(self, size: int) -> bytes:
         """The next ``size`` bytes."""
