@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from umbel.core.errors import InputError
 from umbel.core.run_file import Continual, Data, Split
-from umbel.datasets.buffer import Buffer, replayed
-from umbel.datasets.build import load
+from umbel.datasets.buffer import Buffer, herded, replayed
+from umbel.datasets.build import load, read
 from umbel.datasets.experiences import of_stage, stream
 from umbel.datasets.federated import FederatedData
 
@@ -138,3 +141,42 @@ def test_old_rows_are_repeated_until_as_many_as_new_ones() -> None:
 def test_a_reservoir_needs_a_bound_of_its_own() -> None:
     with pytest.raises(InputError, match="bounded as a whole"):
         Buffer.bounded(None, None, None, "reservoir", True)
+
+
+def test_columns_of_an_own_file(tmp_path: Path) -> None:
+    x, y, year = np.zeros((6, 2)), np.array([0, 1, 0, 1, 0, 1]), np.arange(6) + 2018
+    test = {"x_test": x[:2], "y_test": y[:2]}
+    file = str(tmp_path / "own.npz")
+
+    def found(**arrays: Any) -> Any:
+        np.savez(file, x=x, y=y, **arrays)
+        return read(Data.model_validate({"name": "npz", "path": file, "columns": ["year"]}))
+
+    both = found(year=year, year_test=year[:2], **test)
+    assert both.train["year"].tolist() == year.tolist()
+    assert both.test["year"].tolist() == [2018, 2019]
+    for arrays, message in [
+        ({}, "'year' is missing"),
+        ({"year": year / 2}, "expected .* whole numbers"),
+        ({"year": year[:3]}, "expected .* whole numbers"),
+        ({"year": year, **test}, "'year_test' is missing"),
+        ({"year": year, "month": year}, "unknown array 'month'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            found(**arrays)
+
+
+def test_herding_brings_the_mean_near_first() -> None:
+    features = np.array([[4.0, 0.0], [0.0, 1.0], [-3.0, -1.0], [0.2, 0.1]])
+    order = herded(features, None)
+    assert order[0] == 3  # the nearest to the mean, (0.3, 0.025)
+    taken = features[order]
+    # Each is the best that could follow those before it.
+    for k in range(1, 4):
+        options = [(taken[:k].sum(0) + f) / (k + 1) for f in taken[k:]]
+        far = [np.square(features.mean(0) - o).sum() for o in options]
+        assert int(np.argmin(far)) == 0
+    assert herded(features, 1).tolist() == [3, 0, 1, 2]
+    ranks = np.argsort(np.tile(np.arange(50), 4))
+    kept = Buffer.bounded(2, None, None, "herding", True).kept(MET, LABELS, 8, 0, "c0", ranks)
+    assert np.bincount(LABELS[kept]).tolist() == [2, 2, 2, 2]
