@@ -20,7 +20,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types imports test-all format docs clean
+.PHONY: help install demo demo-network test check lint types imports test-all format docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ demo: $(INSTALLED)  ## a federation of 20 clients learns to read digits, here, i
 	@echo "who holds what:  $(DEMO)/split.png"
 	@echo "accuracy:        $(DEMO)/accuracy.png"
 
+demo-network: $(INSTALLED)  ## a server and three sites, as they are deployed, on this machine
+	$(BIN)/umbel demo-network --folder $(DEMO)/network
+
 test: $(INSTALLED)  ## the tests that take some ten minutes together
 	$(BIN)/pytest $(PYTEST_FLAGS) -m "not slow and not flower and not gpu"
 
@@ -71,6 +74,7 @@ format: $(INSTALLED)  ## rewrites the code in the one format
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)  ## rewrites the reference pages from the code
+	$(BIN)/python -m umbel.simulations.soundness
 	$(BIN)/python docs/generate.py
 
 clean:  ## removes the environment and all that was built

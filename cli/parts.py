@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from umbel.cli import output
+from umbel.cli import output, soundness
 from umbel.cli.output import Format, FormatOption
 from umbel.core.errors import InputError, suggest
 
@@ -34,12 +34,22 @@ def list_parts(
     if kind not in KINDS:
         raise InputError(f"unknown kind '{kind}'", where="umbel list", fix=suggest(kind, KINDS))
     parts = registry.known(kind) if kind in registry.KINDS else {}
+    sound = soundness.read() if kind == "tasks" else None
     if format is Format.json:
-        output.emit({kind: [{"name": n, "summary": text} for n, text in parts.items()]})
+        listed = [{"name": n, "summary": text} for n, text in parts.items()]
+        output.emit({kind: listed} | ({} if sound is None else {"soundness": sound}))
     elif parts:
         output.table([kind, ""], list(parts.items()), left=2)
     else:
         print(f"this version has no {kind}")
+    if sound is not None and format is Format.text:
+        found = soundness.shown(sound)
+        units = ["task", "an example is", "example-level privacy", "client-level privacy"]
+        output.table(units, found.tasks, left=4)
+        family = ["strategies", "privacy", "updates in clear", "secure aggregation"]
+        output.table(family, found.families, left=4)
+        for number, reason in enumerate(found.reasons, 1):
+            print(f"({number}) {reason}")
 
 
 def version(format: FormatOption = Format.text) -> None:

@@ -1,4 +1,4 @@
-"""Writes docs/run-file.md and docs/cli.md from the code that they describe: ``make docs``.
+"""Writes the reference pages of docs/ from the code that they describe: ``make docs``.
 
 ``python docs/generate.py --check`` writes nothing, and ends with 1 where a page is out of date.
 """
@@ -19,6 +19,7 @@ import click
 import pydantic
 import typer.main
 
+from umbel.cli import soundness
 from umbel.core import registry, settings
 from umbel.core.run_file import RunFile
 
@@ -193,7 +194,37 @@ def _command(path: str, command: click.Command, context: click.Context) -> Itera
                 yield from _command(f"{path} {name}", below, inner)
 
 
-PAGES = {"run-file.md": run_file_page, "cli.md": cli_page}
+def soundness_page() -> str:
+    """What may be combined, with each reason once."""
+    found = soundness.shown(soundness.read())
+    lines = [
+        "# What may be combined",
+        NOTE,
+        "A combination works where its task works under the unit of privacy, and its family of "
+        "strategies under the unit and secure aggregation; a test runs every one of them for a "
+        "round, or is refused. The reasons follow from what tasks, models and strategies declare "
+        "and from what a run is measured to do before it starts; they are what `umbel check` "
+        "says.\n",
+        "## Tasks\n",
+        "| task | an example is | example-level privacy | client-level privacy |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| `{name}` | {' | '.join(row)} |" for name, *row in found.tasks]
+    lines += [
+        "\n## Strategies\n",
+        "*mean*: the combiner is a mean of deltas (`fedavg`, `fedprox`, `fedavgm`, `fedadam` …); "
+        "*with uploads*: clients send more than a delta (`scaffold`, `fednova` …); *robust*: every "
+        "update is looked at by itself (`median`, `krum` …). With `groups` in "
+        "`[secure_aggregation]` robust rules see the sums of random groups.\n",
+        "| strategies | privacy | updates in clear | secure aggregation |\n|---|---|---|---|",
+    ]
+    lines += [f"| {' | '.join(row)} |" for row in found.families]
+    lines.append("\n## Reasons\n")
+    lines += [f"{n}. {reason[0].upper()}{reason[1:]}." for n, reason in enumerate(found.reasons, 1)]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"run-file.md": run_file_page, "cli.md": cli_page, "soundness.md": soundness_page}
 
 
 def main(check: bool) -> int:
