@@ -28,16 +28,26 @@ def dashboard(
     port: Annotated[
         int | None, typer.Option(metavar="P", help="In place of the one in dashboard.toml.")
     ] = None,
+    reset: Annotated[
+        bool, typer.Option("--new-password", help="Show a new password of 'admin', and end.")
+    ] = False,
     beside: Annotated[
         int | None, typer.Option(hidden=True, help="The process that it ends with.")
     ] = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Serve the dashboard until interrupted: pages, an API, figures for Prometheus, alerts."""
-    from umbel.deploy.dashboard.serve import serve
+    from umbel.deploy.dashboard.serve import new_password, serve
     from umbel.deploy.server_folder import ServerFolder
 
     server = None if folder is None else ServerFolder(folder)
+    if reset:
+        password = new_password(store, server)
+        if format is Format.json:
+            output.emit({"user": "admin", "password": password})
+        else:
+            print(f"password of 'admin', shown this once:\n  {password}")
+        return
     with contextlib.suppress(KeyboardInterrupt):
         serve(store, server, port=port, report=output.note, beside=beside)
     if format is Format.json:

@@ -15,7 +15,7 @@ from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Scope
 
-from umbel.core.errors import InputError, UmbelError
+from umbel.core.errors import UmbelError
 from umbel.deploy.dashboard import actions, api, pages
 from umbel.deploy.dashboard.guard import ANYBODY, MACHINES, Guard, needs
 from umbel.deploy.dashboard.sessions import Sessions, Throttle
@@ -25,6 +25,9 @@ from umbel.deploy.dashboard.users import Users
 HERE = Path(__file__).parent
 
 ROUTERS = (pages.router, actions.router, api.router)
+
+STATUS = {1: 503, 2: 400, 3: 403}
+"""Exit code of an error on the command line -> what a browser is told."""
 
 log = logging.getLogger("umbel.dashboard")
 
@@ -73,7 +76,7 @@ def make_app(source: Source, users: Users, hosts: Sequence[str], *, tls: bool) -
 
 def _wrong(request: Request, error: Exception) -> Response:
     assert isinstance(error, UmbelError)
-    status = 400 if isinstance(error, InputError) else 503
+    status = STATUS[error.exit_code]
     return _failure(request, status, error.message, error.where, error.fix)
 
 

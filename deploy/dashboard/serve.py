@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -46,7 +47,7 @@ def serve(
     from umbel.deploy.dashboard.users import Users
     from umbel.deploy.dashboard.watch import Watch
 
-    location = location or str(folder.store if folder is not None else "runs")
+    location = _store(location, folder)
     place = locate(location)
     home = folder.path if folder is not None else place.folder
     settings = read_settings(home)
@@ -56,6 +57,9 @@ def serve(
     os.umask(0o077)
     place.folder.mkdir(parents=True, exist_ok=True)
     listener = _listen(settings, settings.port if port is None else port)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     source, users = Source(location, folder), Users(location)
     password = users.begin(None if folder is None else folder.admin_file)
     if password is not None:
@@ -90,6 +94,22 @@ def serve(
     finally:
         watch.close()
         listener.close()
+
+
+def new_password(location: str | None, folder: ServerFolder | None) -> str:
+    """A new password of ``admin``, for whoever may write the store.
+
+    Args:
+        location: of the store; ``None``: the server's.
+        folder: of the server; ``None``: a store alone.
+    """
+    from umbel.deploy.dashboard.users import Users
+
+    return Users(_store(location, folder)).reset_admin()
+
+
+def _store(location: str | None, folder: ServerFolder | None) -> str:
+    return location or str(folder.store if folder is not None else "runs")
 
 
 class Beside:

@@ -87,6 +87,16 @@ class Users:
             journal.note(connection, "umbel", "user added", user="admin", role="admin")
         return password
 
+    def reset_admin(self) -> str:
+        """A new password of ``admin``, who is made again where it was removed."""
+        password = secrets.token_urlsafe(15)
+        if self.get("admin") is None:
+            self.add("umbel", "admin", "admin", password)
+        else:
+            self.set_password("umbel", "admin", password)
+            self.set_role("umbel", "admin", "admin")
+        return password
+
     def list(self) -> list[User]:
         """Everybody, by name."""
         with self._database.read() as connection:
