@@ -167,20 +167,20 @@ def shortened(tmp_path: Path, name: str, *overrides: str) -> RunFile:
 
 @pytest.mark.slow
 def test_the_preference_recipes_learn_what_was_preferred(tmp_path: Path) -> None:
-    reward = simulate(shortened(tmp_path, "reward", "run.rounds=2"))
+    reward = simulate(shortened(tmp_path, "reward", "run.rounds=1"))
     assert reward.metrics["accuracy"] >= 0.85
     assert min(own["accuracy"] for own in reward.per_client.values()) > 0.7
-    dpo = simulate(shortened(tmp_path, "dpo", "run.rounds=2"))
+    dpo = simulate(shortened(tmp_path, "dpo", "run.rounds=1", "client.lr=2e-3"))
     assert dpo.metrics["loss"] < 0.6
     assert dpo.metrics["accuracy"] > 0.8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "least"), [("grpo", 0.3), ("ppo", 0.4)])
+@pytest.mark.parametrize(("kind", "least"), [("grpo", 0.2), ("ppo", 0.25)])
 def test_the_reward_recipes_earn_more_and_do_not_stray(
     tmp_path: Path, kind: str, least: float
 ) -> None:
-    found = simulate(shortened(tmp_path, kind, "run.rounds=7"))
+    found = simulate(shortened(tmp_path, kind, "run.rounds=6"))
     assert found.history[0].metrics["reward"] < 0.1
     assert found.metrics["reward"] >= least
     assert all(0 <= record.metrics["kl"] < 7 for record in found.history)
