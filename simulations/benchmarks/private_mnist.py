@@ -51,11 +51,11 @@ CURVES = {
     "example": Curve(
         "one example of 100 clients, hidden from the server",
         clients=100,
-        privacy={"unit": "example", "clip_norm": 0.2},
-        client={"batch_size": 75, "lr": 12.0, "local_steps": 2, "schedule": "cosine"},
+        privacy={"unit": "example", "clip_norm": 1.0},
+        client={"batch_size": 75, "lr": 2.0, "local_steps": 2, "schedule": "cosine"},
         strategy={"cohort": 20},
-        plain={"batch_size": 75, "lr": 0.3, "local_steps": 8},
-        rounds=60,
+        plain={"batch_size": 75, "lr": 0.3, "local_steps": 2},
+        rounds=100,
     ),
     "client": Curve(
         "one of 1,000 clients, hidden from those who see the models",
@@ -197,6 +197,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.plot(*zip(*published, strict=True), marker, color="C7", label=label)
     axes.set_xscale("log")
     axes.set_xticks([0.5, 1, 2, 3, 8], ["0.5", "1", "2", "3", "8"])
+    axes.minorticks_off()
     axes.set_xlabel(f"ε at δ = {result['delta']:g} (dotted: without privacy)")
     axes.set_ylabel("accuracy on MNIST's test set")
     axes.grid(visible=True, alpha=0.25)
