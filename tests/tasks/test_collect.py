@@ -53,7 +53,14 @@ HERE = "tests_tasks_test_collect"
 
 def run(store: Path, **more: Any) -> RunFile:
     table: dict[str, Any] = {
-        "run": {"name": "made", "seed": 3, "rounds": 4, "processes": 0, "store": str(store)},
+        "run": {
+            "name": "made",
+            "seed": 3,
+            "rounds": 4,
+            "processes": 0,
+            "store": str(store),
+            "engine_plan": "stacked",
+        },
         "data": {"name": "diabetes", "split": {"kind": "iid", "clients": 5}, "holdout": 0.2},
         "task": {"kind": f"{HERE}:shifted", **more.pop("task", {})},
         "client": {"lr": 0.1, "batch_size": 16, **more.pop("client", {})},
