@@ -288,3 +288,18 @@ def test_strategies_whose_clients_keep_or_send_more(name):
     moved = norm(subtract(ended[0], model.params))
     assert moved > 0.05
     assert norm(subtract(*ended)) <= 1e-5 * moved
+
+
+def test_workers_do_not_change_a_bit():
+    found = []
+    for processes in (0, 2):
+        _, fast, *_ = trained(
+            mlp,
+            privacy={"noise_multiplier": 0.6},
+            plan="stacked:chunk=2",
+            largest_chunk=2,
+            processes=processes,
+        )
+        found.append(fast)
+    for client, delta in found[0].items():
+        assert all(torch.equal(t, found[1][client][name]) for name, t in delta.items())
