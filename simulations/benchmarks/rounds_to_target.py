@@ -87,15 +87,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     curves = {n: accuracies(options.data, n, options.rounds, options.seed) for n in names}
     last = {name: sum(curve[-LAST:]) / len(curve[-LAST:]) for name, curve in curves.items()}
     target = last["fedavg"]
+    ends = {name: reached(curve, target) for name, curve in curves.items()}
     rows = {
-        name: {"last": last[name], "round": reached(curve, target), "accuracy": curve}
+        name: {"last": last[name], "round": ends[name], "accuracy": curve}
         for name, curve in curves.items()
     }
     if options.plot:
         draw(curves, target, options.plot)
-    before = rows["fedavg"]["round"] or options.rounds
-    ends = [rows[name]["round"] for name in ("scaffold", "fednova") if name in rows]
-    passed = any(end is not None and end < before for end in ends)
+    before = ends["fedavg"] or options.rounds
+    passed = any((ends.get(name) or before) < before for name in ("scaffold", "fednova"))
     return {"target": target, "strategies": rows, "passed": passed}
 
 
