@@ -5,12 +5,13 @@ their own: a run does not wait for them. ``run.indexed`` says how far they are; 
 between loses nothing, and the next to write the run makes up for it.
 
 A simulation's clients can be so many that their rows outgrow everything else: beyond
-:data:`MOST_ROWS` a run's participants are in its records alone; failures are always here.
+:data:`MOST_ROWS` its participants are in its records alone; failures are always here.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,8 +31,11 @@ PAUSE = 1.0
 BATCH, MOST_ROUNDS = 4_000, 200
 """Rows and rounds of one transaction, more or less: others wait for it."""
 
-MOST_ROWS = 200_000
-"""Dispatches and clients' metrics of one run."""
+MOST_ROWS = 20_000
+"""Dispatches of one simulation."""
+
+REAL_SITES = "deployment"
+"""The engine whose clients are as many as have signed a contract."""
 
 log = logging.getLogger("umbel.server")
 
@@ -139,15 +143,12 @@ def _advance(database: Database, run_id: str) -> bool:
     """Writes some rows that are missing; whether none is any more."""
     with database.write() as connection:
         mine = run_table.c.id == run_id
-        query = sa.select(run_table.c.indexed, run_table.c.rounds_done).where(mine)
-        indexed, done = connection.execute(query.with_for_update()).one()
+        columns = (run_table.c.indexed, run_table.c.rounds_done, run_table.c.engine)
+        query = sa.select(*columns).where(mine).with_for_update()
+        indexed, done, engine = connection.execute(query).one()
         if indexed >= done:
             return True
-        count = sa.select(sa.func.count()).select_from(dispatch_table)
-        room = (
-            MOST_ROWS
-            - connection.execute(count.where(dispatch_table.c.run_id == run_id)).scalar_one()
-        )
+        room = math.inf if engine == REAL_SITES else MOST_ROWS - _count(connection, run_id)
         dispatches: list[dict[str, Any]] = []
         metrics: list[dict[str, Any]] = []
         spent: list[dict[str, Any]] = []
@@ -166,6 +167,11 @@ def _advance(database: Database, run_id: str) -> bool:
         _put(connection, privacy_table, spent, ("epsilon",))
         connection.execute(sa.update(run_table).where(mine).values(indexed=indexed))
         return bool(indexed >= done)
+
+
+def _count(connection: sa.Connection, run_id: str) -> int:
+    count = sa.select(sa.func.count()).select_from(dispatch_table)
+    return int(connection.execute(count.where(dispatch_table.c.run_id == run_id)).scalar_one())
 
 
 def _dispatches(
