@@ -32,13 +32,13 @@ def one(runtime: ClientRuntime, module: nn.Module, shared: Trees) -> Local:
         return map_tree(lambda t: t.to(precision) if t.is_floating_point() else t, tree)
 
     mine = {letter: cast(tree) for letter, tree in own.first(runtime.rule, copied).items()}
-    started = own.start(runtime.rule._replace(begin=None), copied.params, NOTHING, mine)
-    along = {n: t.clone().requires_grad_() for n, t in started.items() if n not in params}
     broadcast = {letter: cast(tree) for letter, tree in shared.items()}
+    rule = runtime.rule
+    if mine.keys() >= set(rule.joint):  # else where training starts says what is trained along
+        rule = rule._replace(begin=None)
+    started = own.start(rule, copied.params, broadcast, mine)
+    along = {n: t.clone().requires_grad_() for n, t in started.items() if n not in params}
     return Local({**params, **along}, copied.params, broadcast, mine, 0, STEPS)
-
-
-NOTHING: Trees = {}
 
 
 def two(local: Local) -> tuple[dict[str, Tensor], Around]:

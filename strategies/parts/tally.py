@@ -14,8 +14,8 @@ from umbel.strategies.parts.rule import (
     GradTransform,
     Local,
     LossTerm,
-    Objective,
     Trees,
+    mean,
     model_part,
 )
 
@@ -43,11 +43,11 @@ def tallied(rule: ClientRule, letter: str, of: Callable[[Tree, Tree, Local], Tre
     def blind_transform(transform: GradTransform) -> GradTransform:
         return lambda gradient, local: {**gradient, **transform(theirs(gradient), seen(local))}
 
-    def blind_objective(own: Objective) -> Objective:
-        def objective(forward: Forward, local: Local, batch: Tree, mask: Tensor | None) -> Tensor:
-            return own(forward, seen(local), batch, mask)
-
-        return objective
+    # Always an objective: kernels without one train nothing but what the model is called with.
+    def objective(forward: Forward, local: Local, batch: Tree, mask: Tensor | None) -> Tensor:
+        if rule.objective is not None:
+            return rule.objective(forward, seen(local), batch, mask)
+        return rule.loss(mean(forward.losses(local.params, batch), mask), seen(local))
 
     def begin(anchor: Tree, shared: Trees, own: Trees) -> Tree:
         params = anchor if rule.begin is None else rule.begin(anchor, shared, own)
@@ -65,7 +65,7 @@ def tallied(rule: ClientRule, letter: str, of: Callable[[Tree, Tree, Local], Tre
     return rule._replace(
         loss_terms=tuple(map(blind_term, rule.loss_terms)),
         grad_transforms=tuple(map(blind_transform, rule.grad_transforms)),
-        objective=None if rule.objective is None else blind_objective(rule.objective),
+        objective=objective,
         begin=begin,
         after=after,
         joint=(*rule.joint, letter),

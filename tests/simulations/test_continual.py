@@ -91,7 +91,7 @@ def test_a_defence_of_strength_nought_is_naive(
     "defence",
     [
         {"name": "ewc", "strength": 500.0, "examples": 10},
-        {"name": "si", "strength": 100.0},
+        {"name": "si", "strength": 1.0},
         {"name": "lwf", "strength": 1.0},
         {"name": "der", "per_class": 5},
     ],
