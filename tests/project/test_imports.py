@@ -80,7 +80,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["llm"], *extras["qlora"]]
-    wanted += extras["tune"]
+    wanted += [*extras["tune"], *extras["rl"]]
     declared = {re.split(r"[^\w-]", line)[0] for line in wanted}
     # Programs that run in environments of their own, such as the peers of a benchmark, lie in
     # folders that are no packages.
