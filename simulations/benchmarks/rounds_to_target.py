@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--data", type=Path, required=True, help="the folder that holds mnist/")
-    options.add_argument("--rounds", type=int, default=100)
+    options.add_argument("--rounds", type=int, default=80)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--only", nargs="*", choices=STRATEGIES, default=[*STRATEGIES])
     options.add_argument("--plot", type=Path, help="where the curves are drawn")
