@@ -102,12 +102,16 @@ class Containers:
 
     def prepare(self, folder: Path) -> None:
         """Gives the folders to the containers' user, and makes the network."""
-        if not os.getuid():
-            for path in [folder, *folder.rglob("*")]:
-                os.chown(path, self._user, self._user, follow_symlinks=False)
+        self.adopt(folder)
         self._network = self._client.networks.create(
             f"umbel-{self._token}", driver="bridge", internal=True
         )
+
+    def adopt(self, folder: Path) -> None:
+        """Gives what root has made in a folder to the containers' user."""
+        if not os.getuid():
+            for path in [folder, *folder.rglob("*")]:
+                os.chown(path, self._user, self._user, follow_symlinks=False)
 
     def start(self, member: Member) -> Container:
         """Starts a member."""

@@ -73,6 +73,9 @@ class Hosting(Protocol):
     def prepare(self, folder: Path) -> None:
         """Called once when everything is provisioned, before the first start."""
 
+    def adopt(self, folder: Path) -> None:
+        """Called when this process has made something in a member's folder."""
+
     def start(self, member: Member) -> Running:
         """Starts a member."""
 
@@ -115,6 +118,9 @@ class Processes:
     listen = HOST
 
     def prepare(self, folder: Path) -> None:
+        """Nothing to do."""
+
+    def adopt(self, folder: Path) -> None:
         """Nothing to do."""
 
     def start(self, member: Member) -> Process:

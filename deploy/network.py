@@ -139,7 +139,9 @@ class Network:
 
     def submit(self, run: RunFile, sites: int = 0) -> Job:
         """Puts a run into the server's queue."""
-        return Jobs(self.server.jobs_database).submit(run, "", sites)
+        job = Jobs(self.server.jobs_database).submit(run, "", sites)
+        self.hosting.adopt(self.server.path)
+        return job
 
     def job(self, job: Job) -> Job:
         """What became of it."""

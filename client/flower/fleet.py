@@ -180,7 +180,7 @@ class Fleet:
 
         Args:
             wait: seconds to wait for one.
-            have: at the first time after a start: the messages that are kept here.
+            have: at the first time after a start or a lost contact: the messages kept here.
             largest: bytes that it may have.
         Raises:
             LostError, DeniedError; TooLargeError: it has more.

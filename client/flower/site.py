@@ -154,7 +154,7 @@ class Site:
     def _look(self, fleet: Fleet) -> None:
         """Looks for work and does it, for ever."""
         heard, pause, away = 0.0, QUICK, False
-        have: Sequence[str] | None = [path.stem for path in self._inbox.iterdir()]
+        have: Sequence[str] | None = self._kept()
         while True:
             try:
                 largest = read_policy(self._folder.policy_file).limits.maximum_bytes
@@ -173,6 +173,7 @@ class Site:
                 if not away:
                     self._report(f"no contact: {error}; trying again")
                     away = True
+                have = self._kept()  # what was under way to us may be lost: it is sent again
                 pause = min(max(2 * pause, 0.2), SLOWEST_RETRY)
                 time.sleep(pause * random.uniform(0.8, 1.2))
                 continue
@@ -283,6 +284,10 @@ class Site:
     def _keep(self, message: Message, attempt: int) -> None:
         path = self._inbox / f"{message.metadata.message_id}.{attempt}"
         replace_file(path, write_message(message))
+
+    def _kept(self) -> list[str]:
+        """The messages that are kept here."""
+        return [path.stem for path in self._inbox.iterdir()]
 
     def _forget(self, message: Message) -> None:
         for path in self._inbox.glob(f"{message.metadata.message_id}.*"):

@@ -86,7 +86,7 @@ class Wire:
 
     def _carry(self, near: socket.socket) -> None:
         self._whole.wait()
-        with suppress(OSError), near, socket.create_connection((HOST, self._to)) as far:
+        with suppress(OSError, ValueError), near, socket.create_connection((HOST, self._to)) as far:
             self._ends |= {near, far}
             with selectors.DefaultSelector() as ready:
                 ready.register(near, selectors.EVENT_READ, far)

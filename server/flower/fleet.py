@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -85,7 +86,7 @@ class TakeRequest(Settings):
 
     Args:
         wait: seconds that it is willing to wait for one.
-        have: where it has just started: the ids of the messages that it kept.
+        have: where it has just started, or lost contact: the ids of the messages that it kept.
     """
 
     wait: NonNegative
@@ -124,6 +125,8 @@ class Gate:
         self._factory = factory
         self._largest = largest
         self._bell = Bell(Path(factory.database))
+        self._newest: defaultdict[int, int] = defaultdict(int)
+        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the start and end of the server."""
@@ -214,7 +217,11 @@ class Gate:
             await _answer(send, 200, answer)
 
     async def _taken(self, member: Member, body: bytes) -> bytes:
-        """The next message, or an empty answer when the site has waited as long as it wants."""
+        """The next message, or an empty answer when the site has waited as long as it wants.
+
+        Of several requests of one site the newest alone is given messages: the others' connections
+        may be gone, and what is written to them lost.
+        """
         try:
             asked = TakeRequest.model_validate_json(body)
         except pydantic.ValidationError:
@@ -222,8 +229,13 @@ class Gate:
         clock = asyncio.get_running_loop().time
         until = clock() + min(asked.wait, LONGEST_WAIT)
         have: Sequence[str] | None = asked.have
+        self._newest[member.node] += 1
+        number = self._newest[member.node]
         while True:
-            found = await asyncio.to_thread(self._next, member, have)
+            async with self._turns[member.node]:
+                if self._newest[member.node] != number:
+                    return b""
+                found = await asyncio.to_thread(self._next, member, have)
             left = until - clock()
             if found is not None or left <= 0:
                 return found or b""

@@ -48,7 +48,7 @@ def inside(network: Network, name: str, *command: str) -> tuple[int, str]:
     """Runs a command in a member's container: its exit code and what it said."""
     member = cast(Container, network.member(name))
     done = connected().containers.get(member.name).exec_run(list(command))
-    return done.exit_code, done.output.decode()
+    return done.exit_code, done.output.decode(errors="replace")
 
 
 def test_three_rounds_and_what_a_container_may_do(network: Network) -> None:
