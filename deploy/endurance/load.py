@@ -21,6 +21,7 @@ from umbel.client.flower.fleet import BEAT_SECONDS, Fleet, LostError
 from umbel.client.flower.site import WAIT, Site
 from umbel.client.flower.site_worker import make
 from umbel.client.folder import SiteFolder
+from umbel.core.errors import RunError
 from umbel.core.run_file import resolve
 from umbel.deploy.jobs import Job
 from umbel.deploy.loopback import Site as Place
@@ -80,7 +81,7 @@ def load(
     try:
         network.wait_for(lambda: len(network.online()) >= training, "the sites", 600)
         job = network.submit(_run(), training)
-        network.wait_for(lambda: network.job(job).round >= 1, "the first round", 600)
+        network.wait_for(lambda: _begun(network, job), "the first round", 600)
         crowd = [_Idle(network.sites[place.client], stop) for place in places[training:]]
         for one in crowd:
             one.start()
@@ -90,7 +91,8 @@ def load(
         time.sleep(seconds)
         online = len(network.online())
         after = network.job(job).round
-        network.umbel("stop", job.id, "--folder", str(network.server.path))
+        if network.job(job).state == "running":  # all rounds may be done
+            network.umbel("stop", job.id, "--folder", str(network.server.path))
         done = network.finish(job, 300)
         stop.set()
         return _loaded(network, crowd, training, done, before, after, online)
@@ -98,6 +100,13 @@ def load(
         stop.set()
         network.stop()
         del threads  # daemons: their server is gone
+
+
+def _begun(network: Network, job: Job) -> bool:
+    now = network.job(job)
+    if now.state == "failed":
+        raise RunError(f"the run failed: {now.error}", where=str(network.folder))
+    return now.round >= 1
 
 
 def _loaded(
@@ -223,7 +232,7 @@ def _data(folder: Path, name: str) -> Path:
 def _run() -> Any:
     return resolve(
         {
-            "run": {"name": "load", "rounds": 100_000},
+            "run": {"name": "load", "rounds": 1000},
             "data": {"name": "npz", "classes": 2, "holdout": 0.0, "client_holdout": 0.0},
             "task": {"kind": "classification", "model": "logistic"},
             "client": {"batch_size": "full", "lr": 0.1, "device": "cpu"},

@@ -83,7 +83,7 @@ def test_a_site_is_killed_and_another_cut_off_and_the_run_ends(network: Network)
     network.wait_for(lambda: "no contact" in network.log("basel"), "the loss", 300)
     back()
     assert network.finish(job, seconds=900).state == "finished"
-    assert "the server is back" in network.log("basel")
+    network.wait_for(lambda: "the server is back" in network.log("basel"), "the contact", 300)
 
 
 def test_the_server_is_restarted_in_the_middle_of_a_run(network: Network) -> None:
