@@ -251,8 +251,10 @@ def test_another_sets_key_is_refused() -> None:
 
 def test_every_reader_and_split_is_listed_with_a_line() -> None:
     assert set(registry.known("datasets")) == {
-        "breast-cancer", "cifar10", "csv", "diabetes", "digits", "heart-disease", "mnist", "npz",
-        "omniglot", "sentences", "text", "tinyshakespeare", "wisdm",
+        "breast-cancer", "cartpole-demonstrations", "cartpoles", "cifar10", "csv", "diabetes",
+        "digits", "grids", "heart-disease", "mnist", "npz", "omniglot", "preferences", "prompts",
+        "sentences", "synthetic-preferences", "synthetic-prompts", "text", "tinyshakespeare",
+        "wisdm",
     }  # fmt: skip
     assert set(registry.known("splits")) == {
         "dirichlet", "feature-shift", "gamma-similarity", "iid", "natural", "quantity", "shards",

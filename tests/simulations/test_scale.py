@@ -104,6 +104,6 @@ def test_a_thousand_rounds_leave_nothing_behind(processes: int, tmp_path: Path) 
 
     simulate(tiny(tmp_path, warm + 1000, processes), on_round=look)
     (memory, files), (later, then) = seen
-    assert then <= files
+    assert then <= files + 10  # a store's thread opens its own; a leak would be one a round
     # A tensor of the model's size that stays each round would be 2.6 MB; a kilobyte of Python, 1.
     assert later - memory < (1 + processes) * 4 << 20
