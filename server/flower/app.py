@@ -60,6 +60,7 @@ def simulation(
     backend: Any = {
         "client_resources": {"num_cpus": 1},
         "init_args": {
+            "address": "local",  # never a cluster that somebody else has started here
             "num_cpus": workers,
             "include_dashboard": False,
             "logging_level": "error",

@@ -48,7 +48,12 @@ def simulate(folder: Path, supernodes: int | None, run_config: Sequence[str], ac
         server_app_context=context,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": actors, "include_dashboard": False, "log_to_driver": False},
+            "init_args": {
+                "address": "local",  # never a cluster that somebody else has started here
+                "num_cpus": actors,
+                "include_dashboard": False,
+                "log_to_driver": False,
+            },
         },
         app_dir=str(project.folder),
         run=run,

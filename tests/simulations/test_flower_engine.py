@@ -83,7 +83,11 @@ def gone(pids: set[int], seconds: float) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_flowers_simulation_makes_the_model_of_the_sequential_engine(tmp_path: Path) -> None:
+def test_flowers_simulation_makes_the_model_of_the_sequential_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another's cluster, which Ray would join by itself: Flower's actors are never sent there.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     path, before = os.environ.get("PYTHONPATH"), descendants(os.getpid())
     seen: set[int] = set()
     flower = simulate(

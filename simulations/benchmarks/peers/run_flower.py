@@ -57,6 +57,7 @@ if __name__ == "__main__":
     resources = {
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         "init_args": {
+            "address": "local",  # never a cluster that somebody else has started here
             "num_cpus": options["actors"],
             "include_dashboard": False,
             "log_to_driver": False,
