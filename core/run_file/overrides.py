@@ -49,6 +49,8 @@ def _override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string: --set strategy.name=fedadam
+    if value != value:  # no key takes a number that is none; `nan` is the name of an attack
+        value = text.strip()
     put(table, keys, value, f"--set {override}")
 
 

@@ -125,12 +125,15 @@ def test_set_overrides_any_key(tmp_path: Path) -> None:
     overrides = [
         "client.lr=0.5",
         "strategy.name=fedadam",  # a bare word is text
+        "attack.kind=nan",  # and so is TOML's number that is none
+        "attack.count=1",
         'run.name="quoted"',
         "task.model.hidden=[8, 4]",  # below a model that the file gives by name alone
         "data.split.kind=iid",  # a table that the file has not
         "evaluate.metrics=['accuracy']",
     ]
     run = run_file.load(write(tmp_path), overrides)
+    assert run.attack is not None and run.attack.kind == "nan"
     assert run.client.lr == 0.5
     assert run.strategy.name == "fedadam"
     assert run.run.name == "quoted"

@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-import numpy.typing as npt
 import pytest
 import safetensors.torch
 import torch
-from sklearn.datasets import load_breast_cancer
 
 from umbel.core import audit_log
 from umbel.core.run_file import RunFile, resolve
+from umbel.deploy.endurance.parts import NAMES, two_sites
 from umbel.deploy.jobs import Job
-from umbel.deploy.loopback import Site
 from umbel.deploy.network import SERVER, Network
 from umbel.server.store import RunStore
 from umbel.simulations.simulate import simulate
@@ -30,23 +27,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc"),
 ]
-
-SITES = ("aarhus", "basel")
-
-
-def save(path: Path, names: tuple[str, ...]) -> None:
-    """The patients of these hospitals alone, the last 40 of each as its test part."""
-    x, y = load_breast_cancer(return_X_y=True)
-    x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
-    order = np.argsort(x[:, 0])
-    held = {"aarhus": order[:300:2], "basel": order[250:550]}
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for part, rows in (("", slice(None, -40)), ("_test", slice(-40, None))):
-        index = [held[name][rows] for name in names]
-        pooled = np.concatenate(index)
-        owner = np.repeat(names, [len(i) for i in index])
-        arrays |= {f"x{part}": x[pooled], f"y{part}": y[pooled], f"client{part}": owner}
-    np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
 def run_file(rounds: int, **changes: dict[str, Any]) -> RunFile:
@@ -66,12 +46,7 @@ def run_file(rounds: int, **changes: dict[str, Any]) -> RunFile:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     folder = tmp_path_factory.mktemp("network")
-    sites = []
-    for name in SITES:
-        save(folder / f"{name}.npz", (name,))
-        sites.append(Site(name, folder / f"{name}.npz"))
-    save(folder / "all.npz", SITES)
-    with Network(folder, sites) as network:
+    with Network(folder, two_sites(folder)) as network:
         yield network
 
 
@@ -101,7 +76,7 @@ def test_a_deployed_run_makes_the_model_of_the_simulation(network: Network) -> N
     job = network.finish(network.submit(run_file(3)))
     assert (job.state, job.round, job.error) == ("finished", 3, "")
     model, history = stored(network, job)
-    assert [sorted(r.participants) for r in history] == [list(SITES)] * 3
+    assert [sorted(r.participants) for r in history] == [list(NAMES)] * 3
     same(model, simulated(network, 3))
     for name, site in network.sites.items():
         accepted = [e for e in audit_log.read(site.audit_file) if e.get("job") == job.id]
