@@ -133,7 +133,8 @@ def test_set_overrides_any_key(tmp_path: Path) -> None:
         "evaluate.metrics=['accuracy']",
     ]
     run = run_file.load(write(tmp_path), overrides)
-    assert run.attack is not None and run.attack.kind == "nan"
+    assert run.attack is not None
+    assert run.attack.kind == "nan"
     assert run.client.lr == 0.5
     assert run.strategy.name == "fedadam"
     assert run.run.name == "quoted"
