@@ -82,7 +82,8 @@ def tune(
     """Makes the trials that are left of a search; each is a run of the run file's store.
 
     The study is one SQLite file beside the runs. A search that was interrupted, or killed, goes on
-    with what its file holds, and one that is whole is only shown. Suggestions follow from the run's
+    with what its file holds and makes the trial that was cut off anew, by other settings; one that
+    is whole is only shown. Suggestions follow from the run's
     seed and the trials before.
 
     Args:
@@ -107,11 +108,11 @@ def tune(
     _at_its_ends(table, run)
     lower = lower_is_better(section.metric) if section.better is None else section.better == "lower"
     study = _study(optuna, run, lower)
-    asked = len(study.get_trials(deepcopy=False))
-    for _ in range(section.trials - asked):
+    done = sum(not _interrupted(trial) for trial in study.get_trials(deepcopy=False))
+    for nth in range(done, section.trials):
         made = _trial(optuna, study, table, run, engine, announce)
         on_trial(made, section.trials)
-        if made.status == "failed" and made.number == 0:
+        if made.status == "failed" and nth == 0:
             raise InputError(
                 f"the first trial failed: {made.error}",
                 where="[tune]",
@@ -168,6 +169,7 @@ def _trial(
         raise KeyboardInterrupt
     value = outcome.metrics.get(section.metric)
     if value is None and outcome.metrics:
+        trial.set_user_attr("error", f"there is no metric '{section.metric}'")
         study.tell(trial, state=states.FAIL)
         raise InputError(
             f"unknown metric '{section.metric}'",
@@ -177,6 +179,7 @@ def _trial(
     if outcome.history and outcome.history[-1].note.endswith(PRUNED):
         study.tell(trial, state=states.PRUNED)
     elif value is None or not math.isfinite(value):
+        trial.set_user_attr("error", f"{section.metric} = {value}")
         study.tell(trial, state=states.FAIL)
     else:
         study.tell(trial, value)
@@ -188,8 +191,13 @@ def _seen(trial: optuna.trial.FrozenTrial) -> Trial:
     reported = trial.intermediate_values
     value = trial.value if trial.value is not None else reported.get(max(reported, default=-1))
     attributes = trial.user_attrs
-    error = attributes.get("error", "interrupted" if status == "failed" else "")
+    error = "interrupted" if _interrupted(trial) else attributes.get("error", "")
     return Trial(trial.number, status, value, trial.params, attributes.get("run_id"), error)
+
+
+def _interrupted(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether it was cut off, and so does not count: what fails by itself says why."""
+    return trial.state.name == "FAIL" and "error" not in trial.user_attrs
 
 
 def _suggest(trial: optuna.Trial, key: str, where: Sought) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,29 @@ def test_a_search_that_was_stopped_goes_on_and_finds_the_best_of_its_runs(tmp_pa
     assert len(done) == 5
     with pytest.raises(InputError, match="holds another search"):
         tune(table(tmp_path, metric="loss"))
+
+
+def _dies(*arguments: Any, **more: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_trial_that_was_killed_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("umbel.simulations.tune.simulate", _dies)
+        child = multiprocessing.get_context("fork").Process(
+            target=tune, args=(table(tmp_path, trials=1),)
+        )
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
+    search = tune(table(tmp_path, trials=1))
+    assert [(t.status, t.error) for t in search.trials] == [
+        ("failed", "interrupted"),
+        ("finished", ""),
+    ]
+    assert search.best == search.trials[1]
 
 
 def test_a_hopeless_trial_is_pruned(tmp_path: Path) -> None:
