@@ -57,7 +57,11 @@ def final(outcome: Outcome) -> dict[str, Tensor]:
 
 
 def run(store: Path, defence: Any = "naive", engine: str = "sequential", **sections: Any) -> Any:
-    return final(simulate(table(store, defence, **sections), engine=engine))
+    said: list[str] = []
+    outcome = simulate(table(store, defence, **sections), engine=engine, announce=said.append)
+    assert not said
+    assert not any(record.failures for record in outcome.history)
+    return final(outcome)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,7 @@ def test_a_defence_of_strength_nought_is_naive(
         {"name": "si", "strength": 1.0},
         {"name": "lwf", "strength": 1.0},
         {"name": "der", "per_class": 5},
+        {"name": "agem", "per_class": 5},
     ],
 )
 def test_engines_agree(tmp_path: Path, naive: dict[str, Tensor], defence: dict[str, Any]) -> None:

@@ -61,11 +61,14 @@ def test_parts_of_their_own_forget_nothing(tmp_path: Path, defence: Any, hidden:
     assert found["acc"] > 0.7
 
 
-def test_engines_agree_on_a_model_with_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("defence", ["adapters", "columns"])
+def test_engines_agree_on_a_model_with_parts(tmp_path: Path, defence: str) -> None:
     multi = {"continual": {"head": "multi"}}
-    alone = final(simulate(table(tmp_path, "adapters", **multi), engine="sequential"))
+    alone = final(simulate(table(tmp_path, defence, **multi), engine="sequential"))
     plan = {"run": {"engine_plan": "vmap", "processes": 0}}
-    together = final(simulate(table(tmp_path, "adapters", **multi, **plan)))
+    said: list[str] = []
+    together = final(simulate(table(tmp_path, defence, **multi, **plan), announce=said.append))
+    assert not said
     assert alone.keys() == together.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-3)

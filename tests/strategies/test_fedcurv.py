@@ -27,7 +27,10 @@ def run(store: Path, strategy: dict[str, Any], clients: int = 3, plan: str = "")
     }
     if plan:
         table["run"]["engine_plan"] = plan
-    outcome = simulate(resolve(table), engine="vectorised" if plan else "sequential")
+    said: list[str] = []
+    engine = "vectorised" if plan else "sequential"
+    outcome = simulate(resolve(table), engine=engine, announce=said.append)
+    assert not said
     assert not any(record.failures for record in outcome.history)
     assert outcome.model is not None
     return safetensors.torch.load_file(outcome.model)

@@ -53,7 +53,9 @@ def test_a_share_of_one_is_a_run_without_a_curriculum(tmp_path: Path) -> None:
 def test_engines_agree(tmp_path: Path, plan: str) -> None:
     section = {"start": 0.4, "full": 0.8}
     alone = final(simulate(run(tmp_path, section), engine="sequential"))
-    together = final(simulate(run(tmp_path, section, plan)))
+    said: list[str] = []
+    together = final(simulate(run(tmp_path, section, plan), announce=said.append))
+    assert not said
     plain = final(simulate(run(tmp_path, None), engine="sequential"))
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-4)
