@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -22,7 +22,7 @@ class Privacy(Settings):
 
     unit: Literal["none", "example", "client"] = "none"
     """Whose presence is hidden: one example of a client (DP-SGD at the client), a client with all
-    that it holds, or nobody's."""
+    that it holds, or nobody's. A table that says anything else and no unit means ``example``."""
     epsilon: Positive | None = None
     """The budget of each client's data: the run ends before it is passed. Without
     ``noise_multiplier``, the noise is calibrated so that the planned rounds just fit."""
@@ -69,6 +69,14 @@ class Privacy(Settings):
     independent coins, and that amplifies."""
     adversary_because: str = Field("", max_length=500)
     """Why the adversary does not see who takes part; in the ledger. ``outsider`` needs it."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _meant(cls, table: Any) -> Any:
+        # Who writes epsilon = 3.0 and no more must not train without any.
+        if isinstance(table, dict) and table and "unit" not in table:
+            return {"unit": "example", **table}
+        return table
 
     @pydantic.model_validator(mode="after")
     def _complete(self) -> Privacy:
@@ -170,3 +178,10 @@ class SecureAggregation(Settings):
     """Random groups of a cohort, each summed by itself: robust strategies see the groups' sums."""
     keep_setup: bool = False
     """Rounds of the same clients keep graph and agreed keys, 100 rounds at most; masks are new."""
+
+    @pydantic.model_validator(mode="after")
+    def _meant(self) -> SecureAggregation:
+        # Who writes min_cohort = 20 and no more must not send updates in clear.
+        if self.model_fields_set and "enabled" not in self.model_fields_set:
+            raise ValueError("nothing says whether it is on; set enabled = true, or false")
+        return self

@@ -53,6 +53,8 @@ WRONG = {
     ),
     '[evaluate]\nmetrics = ["accuracy", 1]': "metrics[1] = 1: must be text",
     '[privacy]\nunit = "client"': "unit = 'client' needs a budget or a noise; set epsilon = 3.0",
+    "[privacy]\nclip_norm = 2.0": "unit = 'example' needs a budget or a noise",
+    "[secure_aggregation]\nmin_cohort = 5": "nothing says whether it is on; set enabled = true",
     "[secure_aggregation]\nbits = 8": "bits = 8: must be a whole number at least 16 and at most 32",
     '[attack]\nkind = "nan"': "[attack]: one of count and fraction says how many are hostile; "
     "set count = 1",
@@ -119,6 +121,13 @@ def write(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
     path.write_text('[data]\nname = "digits"\n[task]\nkind = "classification"\nmodel = "mlp"\n')
     return path
+
+
+def test_a_budget_alone_protects_each_example(tmp_path: Path) -> None:
+    assert run_file.load(write(tmp_path)).privacy.unit == "none"
+    assert run_file.load(write(tmp_path), ["privacy.epsilon=3.0"]).privacy.unit == "example"
+    off = ["privacy.epsilon=3.0", "privacy.unit=none"]
+    assert run_file.load(write(tmp_path), off).privacy.unit == "none"
 
 
 def test_set_overrides_any_key(tmp_path: Path) -> None:
