@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -82,7 +83,11 @@ def run_flower_app(
     with pool, loaded(project) as app:
         pool.start()
         started = time.perf_counter() - began
-        run(project, app, grid)
+        gc.freeze()  # replies are many small objects: each full collection would go over torch too
+        try:
+            run(project, app, grid)
+        finally:
+            gc.unfreeze()
         grid.check()
     return FlowerRun(
         status="finished",

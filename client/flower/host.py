@@ -37,6 +37,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.object_ref import load_app
 from flwr.supercore.task_identity import TaskIdentity
 
+from umbel.client.flower import quick_arrays
 from umbel.core.places import place_in
 
 log = logging.getLogger("flwr")
@@ -151,6 +152,7 @@ def work(line: Connection, app: ClientApp, settings: Settings) -> None:
     A message is two frames, its head and its content; no content says: the last one's again. So is
     an answer: the reply and the node's context.
     """
+    quick_arrays.quicken()
     messages: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
     threading.Thread(target=_listen, args=(line, messages), daemon=True).start()
     content = b""

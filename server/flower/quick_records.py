@@ -8,38 +8,26 @@ what their bases do, compare equal to them, and are pickled as them. Nothing of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from functools import lru_cache
-from io import BytesIO
 from typing import Any
 
 import flwr.app
-import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.app.message.recorddict import _SyncedDict
 from flwr.common.constant import SType
 
-_MAGIC = b"\x93NUMPY\x01\x00"
-_START = len(_MAGIC)
+from umbel.core import npy
 
 
 class Array(flwr.app.Array):
-    """An array that looks at a header once for all arrays that have the same."""
+    """An array that is read by :mod:`umbel.core.npy`."""
 
     def numpy(self) -> npt.NDArray[Any]:
         """The array: a copy, as ever."""
-        data = self.data
-        if self.stype == SType.NUMPY and data.startswith(_MAGIC):
-            end = _START + 2 + int.from_bytes(data[_START : _START + 2], "little")
-            shape, fortran, dtype = _header(data[_START:end])
-            count = math.prod(shape)
-            whole = len(data) >= end + count * dtype.itemsize
-            if count and whole and not fortran and not dtype.hasobject:
-                flat: npt.NDArray[Any] = np.frombuffer(data, dtype, count, end)
-                return flat.reshape(shape).copy()
-        found: npt.NDArray[Any] = super().numpy()
+        found = npy.read(self.data) if self.stype == SType.NUMPY else None
+        if found is None:
+            found = super().numpy()
         return found
 
     def __eq__(self, other: object) -> bool:
@@ -89,11 +77,6 @@ def quicken(content: flwr.app.RecordDict) -> None:
             for array in record.values():
                 if type(array) is flwr.app.Array:
                     array.__class__ = Array
-
-
-@lru_cache(maxsize=256)
-def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    return np.lib.format.read_array_header_1_0(BytesIO(data))
 
 
 def _of_kind(records: flwr.app.RecordDict, kind: Any) -> Any:
