@@ -85,6 +85,28 @@ def tiny(store: Path, number: int, processes: int) -> RunFile:
     )
 
 
+@pytest.mark.skipif(not workers.available(), reason="reads /proc")
+def test_what_100_000_clients_keep_is_on_disk_alone(tmp_path: Path) -> None:
+    given = scale.run_file(100_000, 24, str(tmp_path)).model_dump(mode="json")
+    given["run"] |= {"engine_plan": "lean", "processes": 0, "checkpoint_seconds": 3600.0}
+    given["strategy"] = {"name": "scaffold", "cohort": 50}
+    given["task"]["model"] = {"name": "mlp", "hidden": [2000]}
+    seen = []
+
+    def look(record: RoundRecord, planned: int) -> None:
+        if record.round in (4, planned):
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.append(pages * os.sysconf("SC_PAGE_SIZE"))
+
+    simulate(resolve(given), on_round=look)
+    (database,) = tmp_path.glob("*/clients.db")
+    early, late = seen
+    # A thousand clients were sampled in between, and 96 kB are kept for each.
+    assert database.stat().st_size > 100e6
+    assert late - early < 40e6
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not workers.available(), reason="reads /proc")
 @pytest.mark.parametrize("processes", [0, 2])

@@ -165,8 +165,10 @@ def test_qfedavg_is_algorithm_2() -> None:
     torch.testing.assert_close(stepped["w"], x - (0.7**2) * moved / h)
 
 
-def test_moon_without_mu_is_fedavg() -> None:
-    assert torch.equal(go({"name": "moon", "mu": 0.0})[0], go({"name": "fedavg"})[0])
+@pytest.mark.parametrize("name", ["fedprox", "moon"])
+def test_without_mu_it_is_fedavg(name: str) -> None:
+    assert torch.equal(go({"name": name, "mu": 0.0})[0], go({"name": "fedavg"})[0])
+    assert not torch.equal(go({"name": "fedprox", "mu": 1.0})[0], go({"name": "fedavg"})[0])
 
 
 def test_moon_is_equation_3() -> None:
