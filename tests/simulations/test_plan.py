@@ -14,7 +14,7 @@ from umbel.core.errors import InputError
 from umbel.core.payloads import TrainPlan, Updates
 from umbel.core.run_file import resolve
 from umbel.datasets.federated import FederatedData, Holdings, Info, Numbered
-from umbel.simulations import plan_cache
+from umbel.simulations import choose, plan_cache
 from umbel.simulations.engines.vectorised import Vectorised, vectorised
 from umbel.simulations.plan import EnginePlan
 from umbel.strategies.parts import ClientRule
@@ -155,3 +155,15 @@ def test_the_file_does_not_grow_for_ever(cache, monkeypatch):
     assert list(json.loads(cache.read_text())) == ["b", "c"]
     assert plan_cache.recall("a") is None
     assert plan_cache.recall("c") == {"plan": "c"}
+
+
+@pytest.mark.parametrize(("most", "tried"), [(100, [5, 10, 20, 40, 100]), (10, [5, 10]), (5, [5])])
+def test_no_trial_of_a_chunk_that_leaves_a_small_one_behind(most, tried):
+    asked = []
+
+    def measure(plan, clients, best):
+        asked.append(clients)
+        return 1e-3 / clients
+
+    assert list(choose._climb("stacked", 5, most, measure))[-1].chunk is None
+    assert asked == tried
