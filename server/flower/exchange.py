@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from flwr.common.constant import Status
@@ -21,15 +22,19 @@ from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
 from flwr.server.superlink.linkstate import LinkState
 from flwr.server.superlink.utils import check_abort
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.utils import uint64_to_int64
 from google.protobuf.message import DecodeError
 
 from umbel.core.messages import read_frames, write_frames
+from umbel.server.flower import objects
 
 LONGEST_WAIT = 20.0
 LOOK = 0.02
 """Seconds between two looks for messages, one look for all sites that wait."""
+TURN_SECONDS = 5.0
+"""How long a request waits for the others that write; as SQLite does for another process's."""
+
+_turn = threading.Lock()
 
 
 class WrongError(Exception):
@@ -97,23 +102,24 @@ def take(state: LinkState, node: int, have: Sequence[str] | None) -> bytes | Non
         have: where it has just started: the messages that it kept. What was given to it before and
             is neither among them nor answered is given again.
     """
-    with state.session():  # type: ignore[attr-defined]
+    if have is None and not _waits(state, node):
+        return None  # nothing to write down: hundreds of idle sites ask every few seconds
+    with _writing(state):
         if have is not None:
             _put_back(state, node, have)
         for message in state.get_message_ins(node_id=node, limit=1):
-            try:
-                tree = state.object_store.get_object_tree(message.metadata.message_id)
-            except NoObjectInStoreError:
+            held = objects.load(state, message.metadata.message_id)
+            if held is None:
                 state.delete_messages({message.metadata.message_id})
                 return None
-            head = PullMessagesResponse(
-                messages_list=[message_to_proto(message)], message_object_trees=[tree]
-            )
-            parts = dict.fromkeys(part.object_id for part in iterate_object_tree(tree))
-            contents = [state.object_store.get(part) or b"" for part in parts]
-            if not all(contents):  # still being written: the next look has it
+            if not held.whole():  # still being written: the next look has it
                 _again(state, message.metadata.message_id)
                 return None
+            head = PullMessagesResponse(
+                messages_list=[message_to_proto(message)], message_object_trees=[held.tree]
+            )
+            parts = dict.fromkeys(part.object_id for part in iterate_object_tree(held.tree))
+            contents = [held.contents[part] for part in parts]
             return write_frames([head.SerializeToString(), *contents])
     return None
 
@@ -137,24 +143,57 @@ def give(state: LinkState, node: int, body: bytes) -> None:
         raise WrongError(403, "not yours")
     if len(parts) != len(contents):
         raise WrongError(400, "malformed")
-    with state.session():  # type: ignore[attr-defined]
-        try:
-            over = check_abort(
-                metadata.run_id, [Status.PENDING, Status.STARTING, Status.FINISHED], state
-            )
-        except KeyError:
-            over = "no such run"
-        if over:
+    with _writing(state):
+        if not _goes_on(state, metadata.run_id):
             raise WrongError(403, "the run is over")
-        session = state.start_session(metadata.run_id)
-        stored, missing = state.store_message_and_object_tree(message, tree, session)
-        if not stored:
+        if state.store_message_res(message) is None:
             raise WrongError(410, "not wanted any more")
-        given = dict(zip(parts, contents, strict=True))
-        for part in missing:
-            if not state.store_object(metadata.run_id, session, part, given[part]):
-                raise WrongError(400, "a part is not what its name says")
-        state.object_store.delete(metadata.reply_to_message_id)
+        try:
+            given = dict(zip(parts, contents, strict=True))
+            objects.store(state, metadata.run_id, tree, given.__getitem__)
+        except ValueError:
+            raise WrongError(400, "a part is not what its name says") from None
+        objects.discard(state, metadata.reply_to_message_id)
+
+
+@contextmanager
+def _writing(state: LinkState) -> Iterator[None]:
+    """A transaction, one at a time: SQLite lets several wait for each other by sleeping.
+
+    Raises:
+        WrongError: the others take too long; the site asks again.
+    """
+    if not _turn.acquire(timeout=TURN_SECONDS):
+        raise WrongError(503, "try again")
+    try:
+        with state.session():  # type: ignore[attr-defined]
+            yield
+    finally:
+        _turn.release()
+
+
+def _waits(state: LinkState, node: int) -> bool:
+    return bool(
+        state.query(  # type: ignore[attr-defined]
+            "SELECT 1 FROM message_ins WHERE dst_node_id = :node AND delivered_at = '' LIMIT 1",
+            {"node": uint64_to_int64(node)},
+        )
+    )
+
+
+def _goes_on(state: LinkState, run_id: int) -> bool:
+    """Whether a run is under way. Flower's own check writes each time; it has the last word."""
+    running = state.query(  # type: ignore[attr-defined]
+        "SELECT 1 FROM run JOIN task ON task.task_id = run.primary_task_id WHERE run.run_id = :run "
+        "AND task.running_at IS NOT NULL AND task.finished_at IS NULL",
+        {"run": uint64_to_int64(run_id)},
+    )
+    if running:
+        return True
+    try:
+        return not check_abort(run_id, [Status.PENDING, Status.STARTING, Status.FINISHED], state)
+    except KeyError:  # no such run
+        return False
 
 
 def _put_back(state: LinkState, node: int, have: Sequence[str]) -> None:

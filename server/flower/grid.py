@@ -49,7 +49,9 @@ FLOWER_ERRORS = {
 # A reply that is larger than the model by this many bytes is not read.
 SLACK = 1 << 20
 
-SLOWEST_POLL = 1.0
+QUICKEST_POLL, SLOWEST_POLL = 0.01, 1.0
+LATE = 0.05
+"""By how much of the time that it took an answer may be seen late."""
 
 
 R = TypeVar("R", Hello, Answer)
@@ -62,14 +64,15 @@ def nothing() -> None:
 
 def patient(stream: Iterator[T | None], deadline: float | None) -> Iterator[T]:
     """What comes, waiting wherever ``stream`` has nothing yet; not longer than to the deadline."""
-    end = float("inf") if deadline is None else time.monotonic() + deadline
-    pause = 0.01
+    now = heard = time.monotonic()
+    end = float("inf") if deadline is None else now + deadline
     for item in stream:
+        now = time.monotonic()
         if item is None:
-            time.sleep(min(pause, max(0.0, end - time.monotonic())))
-            pause = min(1.5 * pause, SLOWEST_POLL)
+            pause = min(max(QUICKEST_POLL, LATE * (now - heard)), SLOWEST_POLL)
+            time.sleep(min(pause, max(0.0, end - now)))
         else:
-            pause = 0.01
+            heard = now
             yield item
 
 

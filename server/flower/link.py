@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -27,33 +29,34 @@ from flwr.common.constant import (
     SUPERLINK_NODE_ID,
     SubStatus,
 )
-from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
 from flwr.serverapp import Grid
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import (
     get_federation_manager,
     get_objectstore_linkstate_factories,
 )
+from sqlalchemy import make_url
 
 from umbel.core import seal
 from umbel.core.messages import BROKEN_SEAL, MANIFEST, OTHER_NAME
 from umbel.core.seal import SEAL, BrokenSealError
+from umbel.server.flower import objects
 
 BEAT_SECONDS = 15.0
 """How often a run says that it still goes on; Flower gives it up after 60 s."""
 
 PAUSE = 0.05
+LOOK_SECONDS = 1.0
+"""At the latest after which Flower is asked, who then also says whom it has lost."""
 
 log = logging.getLogger("umbel.server")
 
@@ -234,6 +237,8 @@ class LinkGrid(Grid):
         self._asked: dict[str, tuple[str, float, int]] = {}  # id -> group, when, bytes
         self._sent: dict[str, tuple[int, str, str]] = {}  # id -> node, kind, nonce
         self._incomplete: dict[str, Message] = {}
+        url = make_url(state.database_url)  # type: ignore[attr-defined]
+        self._replies = _Replies(Path(str(url.database)))
 
     def set_run(self, run: Run) -> None:
         """The run is given once, at the start."""
@@ -284,16 +289,11 @@ class LinkGrid(Grid):
         with no_object_id_recompute():
             number = message.object_id
             metadata.__dict__["_message_id"] = number
-            objects, tree = get_all_nested_objects(message), get_object_tree(message)
-            session = self._state.start_session(self._run.run_id)  # ends with its last object
-            stored, missing = self._state.store_message_and_object_tree(
-                remove_content_from_message(message), tree, session
-            )
-            for wanted in missing:
-                content = objects[wanted].deflate()
-                self._state.store_object(self._run.run_id, session, wanted, content)
-        if not stored:
-            return ""
+            parts, tree = get_all_nested_objects(message), get_object_tree(message)
+            if self._state.store_message_ins(remove_content_from_message(message)) is None:
+                return ""
+            run = self._run.run_id
+            objects.store(self._state, run, tree, lambda name: parts[name].deflate())
         nonce = json.loads(json.loads(text)["seal"])["nonce"]
         self._sent[number] = (metadata.dst_node_id, metadata.message_type, nonce)
         self._asked[number] = (metadata.group_id, time.time(), _size(plain(message.content)))
@@ -301,6 +301,8 @@ class LinkGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies to these messages that are whole by now; each once."""
+        if not self._incomplete and not self._replies.may_be_there():
+            return []
         with self._state.session():  # type: ignore[attr-defined]
             return self._pull(message_ids)
 
@@ -343,21 +345,14 @@ class LinkGrid(Grid):
 
     def _whole(self, number: str, message: Message) -> Message | None:
         """The reply with its content, or nothing while its site is still sending it."""
-        try:
-            tree: ObjectTree = self._state.object_store.get_object_tree(number)
-        except NoObjectInStoreError:
+        held = objects.load(self._state, number)
+        if held is None:
             return _failed(message, BROKEN_SEAL)
-        contents: dict[str, bytes] = {}
-        for part in iterate_object_tree(tree):
-            content = self._state.get_object(self._run.run_id, part.object_id)
-            if content is None:
-                return _failed(message, BROKEN_SEAL)
-            if content == b"":
-                return None
-            contents[part.object_id] = content
-        self._state.object_store.delete(number)
+        if not held.whole():
+            return None
+        objects.discard(self._state, number)
         try:
-            whole = inflate_object_from_contents(number, contents)
+            whole = inflate_object_from_contents(number, held.contents)
             assert isinstance(whole, Message)
         except Exception:  # whatever a site sends must not end the run
             return _failed(message, BROKEN_SEAL)
@@ -400,6 +395,33 @@ class LinkGrid(Grid):
             up = _size(records)
             self._heard(Heard(peer.name, kind, group, sent, time.time(), down, up, versions))
         return message
+
+
+class _Replies:
+    """Whether it is worth asking Flower for replies, which it answers by a dozen statements."""
+
+    def __init__(self, database: Path) -> None:
+        uri = f"file:{quote(str(database))}?mode=ro"
+        self._connection = sqlite3.connect(uri, uri=True, timeout=0.0, check_same_thread=False)
+        self._version: object = None
+        self._next = 0.0
+
+    def may_be_there(self) -> bool:
+        """True where one is, and every second."""
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + LOOK_SECONDS
+            return True
+        try:
+            [version] = self._connection.execute("PRAGMA data_version").fetchone()
+            if version == self._version:
+                return False
+            query = "SELECT 1 FROM message_res WHERE delivered_at = '' LIMIT 1"
+            found = self._connection.execute(query).fetchone() is not None
+        except sqlite3.Error:  # locked; Flower waits until it is not
+            return True
+        if not found:
+            self._version = version
+        return found
 
 
 def _size(records: seal.Records) -> int:
