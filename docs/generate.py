@@ -61,13 +61,16 @@ def _table(title: str, model: type[pydantic.BaseModel], level: str) -> Iterator[
     docs, hints = _attribute_docs(model), typing.get_type_hints(model, include_extras=True)
     rows, nested = [], []
     for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else field.default
+        default = (
+            "required" if field.is_required() else field.get_default(call_default_factory=True)
+        )
         rows.append((name, _type(hints[name], field.metadata), default, docs.get(name, "")))
-        nested += [
-            (f"{title[:-1]}.{name}]", inner)
-            for inner in _members(hints[name])
-            if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel)
-        ]
+        for inner in _members(hints[name]):
+            place = f"{title[:-1]}.{name}]"
+            if typing.get_origin(inner) is dict:
+                place, inner = f'{place[:-1]}."section.key"]', typing.get_args(inner)[1]
+            if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
+                nested.append((place, inner))
     yield from _rows(rows)
     for inner_title, inner in nested:
         yield from _table(inner_title, inner, level + "#")
@@ -127,7 +130,9 @@ def _type(hint: Any, bounds: typing.Sequence[Any] = ()) -> str:
             continue
         if typing.get_origin(plain) is typing.Literal:
             words += [_value(choice) for choice in typing.get_args(plain)]
-        elif isinstance(plain, type) and issubclass(plain, pydantic.BaseModel):
+        elif typing.get_origin(plain) is dict or (
+            isinstance(plain, type) and issubclass(plain, pydantic.BaseModel)
+        ):
             words.append("table")
         elif plain in WORDS:
             shown = [
@@ -147,7 +152,7 @@ def _type(hint: Any, bounds: typing.Sequence[Any] = ()) -> str:
 
 def _value(value: Any) -> str:
     """A value as TOML writes it; nothing for what TOML has no word for."""
-    if value is None or isinstance(value, pydantic.BaseModel):
+    if value is None or value == {} or isinstance(value, pydantic.BaseModel):
         return ""
     if isinstance(value, tuple | list):
         return f"`{list(value)}`"

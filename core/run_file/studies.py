@@ -121,7 +121,7 @@ class Tune(Settings):
     """``"client.lr" = { low = 0.001, high = 1.0, log = true }``, ``"strategy.name" = { choices =
     ["fedavg", "fedadam"] }``: keys of the run file as for ``--set``, quoted."""
     trials: Count = 20
-    """Runs, in all; pruned ones count."""
+    """Runs, in all; pruned ones count, and those that were cut off do not."""
     metric: str = "loss"
     """Which metric of the last evaluated round decides."""
     better: Literal["lower", "higher"] | None = None
