@@ -12,7 +12,7 @@ import typer
 from umbel.cli import output
 from umbel.cli.output import Format, FormatOption
 from umbel.core.audit_log import START, read
-from umbel.core.errors import RunError
+from umbel.core.errors import InputError, RunError
 
 FolderOption: TypeAlias = Annotated[
     Path, typer.Option("--folder", metavar="DIR", help="The folder whose log it is.")
@@ -73,8 +73,12 @@ def _checked(path: Path, noted: str | None) -> tuple[str, int]:
     """The last hash and how many entries, after the chain was checked.
 
     Raises:
+        InputError: there is no log.
         RunError: an entry was changed or removed, or the noted hash is gone.
     """
+    if not path.is_file():
+        fix = "nothing was done there yet, or somebody removed it, or --folder names another"
+        raise InputError("no audit log", where=str(path), fix=fix)
     last, count, found = START, 0, noted in (None, START)
     for entry in read(path):
         last, count = entry["hash"], count + 1

@@ -120,11 +120,19 @@ def run(arguments: Sequence[str]) -> int:
         # Whoever read stdout has left (`umbel runs | head`); Python must not flush into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            return _defect(as_json, error)
+        fix = "look whether it is there and may be read or written"
+        return output.fail(as_json, error.strerror or str(error), str(error.filename), fix, 2)
     except Exception as error:
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {error}"
-        fix = "this is a defect of Umbel: please report the traceback"
-        return output.fail(as_json, message, "umbel", fix, 1)
+        return _defect(as_json, error)
+
+
+def _defect(as_json: bool, error: Exception) -> int:
+    traceback.print_exception(error)
+    fix = "this is a defect of Umbel: please report the traceback"
+    return output.fail(as_json, f"{type(error).__name__}: {error}", "umbel", fix, 1)
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

@@ -65,7 +65,9 @@ def _order(
     from umbel.deploy.jobs import Jobs
     from umbel.deploy.server_folder import ServerFolder
 
-    jobs = Jobs(ServerFolder(folder).jobs_database)
+    server = ServerFolder(folder)
+    server.settings()
+    jobs = Jobs(server.jobs_database)
     job = jobs.want(jobs.get(name), order)
     if format is Format.json:
         output.emit(job.as_json())

@@ -142,7 +142,7 @@ def _issue(
 ) -> ServerFiles:
     key = ec.generate_private_key(ec.SECP384R1())
     certificate = (
-        _builder(_name(hosts[0]), authority.subject, key.public_key(), days)
+        _builder(_name(hosts[0][:64]), authority.subject, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)

@@ -9,6 +9,7 @@ and a changed file is refused.
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import re
 import secrets
@@ -71,6 +72,20 @@ class Approved(NamedTuple):
     fingerprint: str
 
 
+def _check_host(host: str) -> None:
+    label = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
+    if len(host) <= 253 and re.fullmatch(rf"{label}(\.{label})*", host):
+        return
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise InputError(
+            f"'{host}' is neither a DNS name nor an address",
+            where="--host",
+            fix="give the name alone, as in fl.example.org, without scheme and port",
+        ) from None
+
+
 def init_server(folder: ServerFolder, hosts: Sequence[str], port: int) -> Made:
     """Makes authority, server certificate, keys, admin and settings.
 
@@ -79,8 +94,10 @@ def init_server(folder: ServerFolder, hosts: Sequence[str], port: int) -> Made:
         hosts: DNS names and addresses that sites will connect to.
         port: that they will connect to.
     Raises:
-        InputError: there is a server in the folder.
+        InputError: there is a server in the folder, or a host is neither name nor address.
     """
+    for host in hosts:
+        _check_host(host)
     if folder.settings_file.exists() or folder.authority.exists():
         raise InputError(
             "there is a server here already",
