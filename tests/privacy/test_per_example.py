@@ -17,6 +17,7 @@ from umbel.privacy.per_example.book_keeping import BookKeeping
 from umbel.privacy.per_example.choose import choose
 from umbel.privacy.per_example.clipped import Batch, Bounds, Forward, Unsupported, even
 from umbel.privacy.per_example.functional import OneByOne, Vmapped
+from umbel.simulations.benchmarks.private_gradients import cases
 
 SIZE = 6
 
@@ -36,6 +37,14 @@ class Cnn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.norm(self.first(x))), 2)
         return self.last(F.relu(self.second(x)).flatten(1))
+
+
+def deep() -> nn.Module:
+    """Its kernels outnumber its pixels: their gradients are never written down."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 4, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 3),
+    )  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -67,6 +76,7 @@ def words() -> Tensor:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (mlp, images),
     "cnn with group norm": (Cnn, images),
+    "cnn of few pixels": (deep, images),
     "embedding": (
         lambda: nn.Sequential(nn.Embedding(11, 5), nn.Flatten(), nn.Linear(35, 3)),
         words,
@@ -107,6 +117,13 @@ def test_the_sum_is_that_of_opacus_hooks(name: str, clip_norm: float) -> None:
         for parameter, value in truth.items():
             scale = max(1.0, float(value.abs().max()))
             assert float((found[parameter] - value).abs().max()) < 1e-6 * scale * 4, parameter
+
+
+def test_every_model_of_the_cost_table_is_book_kept() -> None:
+    for case in cases(SIZE):
+        batch = {"x": case.x, "y": torch.randint(0, case.classes, (SIZE,))}
+        _, _, refused = choose(case.module.train(), losses, batch, Bounds(1.0))
+        assert not refused, case.name
 
 
 @pytest.mark.parametrize("name", MODELS)
