@@ -1,6 +1,7 @@
 """Umbel's engine beside a plain loop, Flower, pfl-research and FedJAX: the same work, in turn.
 
     umbel bench engine [--quick] [--workload W1] [--systems umbel,plain-2] [--save FOLDER]
+    umbel bench engine --device cuda [--workload CIFAR,LORA] [--save FOLDER]
     umbel bench engine --sweep cohort | clients [--save FOLDER]
     umbel bench engine --draw FOLDER/engine-cohort.json [--save FOLDER]
 
@@ -35,8 +36,12 @@ from umbel.simulations.benchmarks.parts.workloads import Files, Workload
 Result: TypeAlias = dict[str, Any]
 REFERENCE = "umbel"
 WHERE = "umbel bench engine"
-COLUMNS = ("s a round", "× Umbel", "end of round 1, s", "CPU s a round", "peak MB", "loss")
+COLUMNS = (
+    "s a round", "× Umbel", "clients/s", "% of peak", "end of round 1, s", "CPU s a round",
+    "peak MB", "loss",
+)  # fmt: skip
 QUICK_ROUNDS = {"W1": 3, "W2": 10}
+KNOWN = {**workloads.WORKLOADS, **workloads.GPU}
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +56,7 @@ def parser() -> Parser:
     """The options."""
     found = Parser(WHERE, description=(__doc__ or "").split("\n")[0])
     found.add_argument("--quick", action="store_true", help="Umbel and the plain loops, few rounds")
-    found.add_argument("--workload", metavar="A,B", help=f"of {', '.join(workloads.WORKLOADS)}")
+    found.add_argument("--workload", metavar="A,B", help=f"of {', '.join(KNOWN)}")
     found.add_argument("--systems", metavar="A,B", help=f"of {', '.join(systems.SYSTEMS)}")
     found.add_argument("--rounds", type=int, help="of each run, at least 2")
     found.add_argument("--repeat", type=int, help="runs of each system; default 3")
@@ -78,9 +83,12 @@ def measure(options: argparse.Namespace) -> Result:
     if not Path("/proc/self/smaps_rollup").exists():
         message = "memory and CPU of a tree of processes are read from /proc, which is not here"
         raise InputError(message, where=WHERE, fix="run it on Linux")
+    _require(options.device)
     work = _work(options)
     short = options.quick or options.sweep
-    usual = (REFERENCE, "plain-2") if options.sweep else systems.USUAL
+    usual = systems.USUAL if options.device == "cpu" else systems.ON_GPU
+    if options.sweep:
+        usual = (REFERENCE, "plain-2")
     chosen = _chosen(options.systems, systems.SYSTEMS, systems.QUICK if options.quick else usual)
     repeat = (1 if short else 3) if options.repeat is None else options.repeat
     if repeat < 1:
@@ -167,7 +175,8 @@ class Bench:
 
     def run(self, names: Sequence[str], repeat: int) -> Result:
         """Interleaved runs; a system that fails once is left out from then on."""
-        rate = workloads.sgemm_rate()
+        device = self._options.device
+        rate = workloads.sgemm_rate(device=device)
         runs: dict[str, list[Measured]] = {name: [] for name in names}
         losses: dict[str, list[float]] = {name: [] for name in names}
         for number in range(1, repeat + 1):
@@ -184,7 +193,11 @@ class Bench:
         rows = [_row(name, runs[name], losses[name]) for name in names]
         _compare(rows, start)
         # Before and after, since the floor is that of the machine with nobody else on it.
-        count, rate = workloads.flops(w), max(rate, workloads.sgemm_rate())
+        count, rate = workloads.flops(w), max(rate, workloads.sgemm_rate(device=device))
+        for row in rows:
+            if "error" not in row:
+                row["clients_per_second"] = w.cohort / row["seconds_per_round"]
+                row["share_of_peak"] = count / rate / row["seconds_per_round"]
         parameters = sum(p.numel() for p in workloads.module(w).parameters())
         return {
             "name": w.name,
@@ -271,10 +284,11 @@ def _work(options: argparse.Namespace) -> list[tuple[int | None, Workload]]:
     if options.sweep:
         work = list(workloads.sweep(options.sweep, values))
     else:
-        names = _chosen(options.workload, workloads.WORKLOADS, tuple(workloads.WORKLOADS))
-        work = [(None, workloads.WORKLOADS[name]) for name in names]
+        usual = workloads.WORKLOADS if options.device == "cpu" else workloads.GPU
+        names = _chosen(options.workload, KNOWN, tuple(usual))
+        work = [(None, KNOWN[name]) for name in names]
         if options.quick:
-            work = [(v, w._replace(rounds=QUICK_ROUNDS[w.name])) for v, w in work]
+            work = [(v, w._replace(rounds=QUICK_ROUNDS.get(w.name, 2))) for v, w in work]
     if options.rounds is not None:
         if options.rounds < 2:
             message = f"--rounds {options.rounds}: the first round is not counted"
@@ -305,6 +319,15 @@ def _chosen(text: str | None, known: Sequence[str] | Any, usual: Sequence[str]) 
     return names
 
 
+def _require(device: str) -> None:
+    if device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            message = "--device cuda: torch sees no GPU here"
+            raise InputError(message, where=WHERE, fix="run it where there is one")
+
+
 def _machine(device: str) -> Result:
     cpu = platform.processor() or platform.machine()
     facts = Path("/proc/cpuinfo")
@@ -331,7 +354,7 @@ def show(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=118, highlight=False)
+    console = Console(width=140, highlight=False)
     machine, load = result["machine"], result["load"]
     console.print(
         f"{result['date']}, {machine['cores']} cores ({machine['cpu']}), load "
@@ -370,9 +393,12 @@ def _cells(row: Result) -> list[str]:
     if "error" in row:
         return ["–"] * len(COLUMNS)
     peak, ratio = row["peak_bytes"], row["ratio"]
+    rate, share = row.get("clients_per_second"), row.get("share_of_peak")  # not in older results
     return [
         f"{row['seconds_per_round']:.3g}",
         f"{ratio:.2f}" if ratio else "–",
+        f"{rate:.3g}" if rate else "–",
+        f"{100 * share:.2g}" if share else "–",
         f"{row['first_round_seconds']:.1f}",
         f"{row['cpu_seconds_per_round']:.3g}",
         f"{peak / 1e6:.0f}" if peak else "–",

@@ -80,6 +80,56 @@ def test_files_hold_the_same_work_for_all(tmp_path: Path) -> None:
         np.testing.assert_array_equal(prepared.data.train["x"][rows], data["x"][350:400])
 
 
+SMALL = {"clients": 4, "examples": 8, "batch": 4, "cohort": 2}
+SHRUNK = {
+    "CIFAR": {"shape": (3, 8, 8), "model": {**workloads.RESNET18, "channels": [4], "groups": 2}},
+    "LORA": {"shape": (6,), "model": {"name": "gpt", "layers": 1, "width": 8}, "vocabulary": 16},
+}
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_programs_beside_umbel_train_the_same_model_by_the_same_loss(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+    import torch
+
+    from umbel.core.run_file import load
+    from umbel.simulations.prepare import prepare
+
+    monkeypatch.syspath_prepend(str(systems.PEERS))
+    import peer_torch
+
+    work = workloads.GPU[name]._replace(**SMALL, **SHRUNK[name])
+    files = workloads.write(work, tmp_path)
+    with np.load(files.data) as data:
+        x, y = torch.from_numpy(data["x"][:4]), torch.from_numpy(data["y"][:4])
+    theirs, ours = peer_torch.build(str(files.model), x), workloads.module(work)
+    theirs.train()
+    assert {n: p.requires_grad for n, p in theirs.named_parameters()} == {
+        n: p.requires_grad for n, p in ours.named_parameters()
+    }
+    loss = peer_torch.loss(theirs(x), x, y)
+    expected = workloads._task(work).losses(ours, {"x": x, "y": y}).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.autograd.backward([loss, expected])
+    for left, right in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad)
+    params = prepare(load(files.run_file)).model().params
+    with np.load(files.init) as init:
+        assert params
+        for key, value in params.items():
+            np.testing.assert_array_equal(init[key], value.numpy())
+
+
+def test_without_a_gpu_its_benchmark_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="torch sees no GPU"):
+        engine.measure(engine.parser().parse_args(["--device", "cuda"]))
+
+
 def test_rounds_are_what_lies_between_their_ends(tmp_path: Path) -> None:
     command = program(
         tmp_path,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from umbel.simulations.benchmarks.parts import environments
-from umbel.simulations.benchmarks.parts.workloads import Files, Workload
+from umbel.simulations.benchmarks.parts.workloads import WRITTEN, Files, Workload
 
 PEERS = Path(__file__).parents[1] / "peers"
 
@@ -55,6 +55,11 @@ SYSTEMS = {
             {"engine": "vectorised", "plan": "lean"}, gpu=True,
         ),
         System(
+            "umbel-bfloat16", "Umbel, bfloat16", "run_umbel.py",
+            "[client] precision = bfloat16: forward passes by autocast, float32 parameters",
+            {"engine": "vectorised", "precision": "bfloat16"}, gpu=True,
+        ),
+        System(
             "umbel-sequential", "Umbel, sequential", "run_umbel.py", "--engine sequential",
             {"engine": "sequential"}, gpu=True,
         ),
@@ -96,7 +101,8 @@ SYSTEMS = {
         ),
     )
 }  # fmt: skip
-USUAL = tuple(name for name in SYSTEMS if name != "flower-default")
+USUAL = tuple(name for name in SYSTEMS if name not in ("flower-default", "umbel-bfloat16"))
+ON_GPU = tuple(name for name, s in SYSTEMS.items() if s.gpu and name != "umbel-sequential")
 QUICK = ("umbel", "plain-1", "plain-2")
 
 
@@ -118,7 +124,7 @@ def command(
     if system.environment:
         interpreter = environments.python(system.environment, environments_in, announce)
     settings = {
-        "model": workload.model["name"],
+        "model": name if (name := workload.model["name"]) in WRITTEN else str(files.model),
         "data": str(files.data),
         "init": str(files.init),
         "final": str(folder / "final.npz"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import peer
 import torch
-from peer_torch import build
+from peer_torch import build, loss
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -27,7 +27,6 @@ from pfl.internal.ops import pytorch_ops
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 
 class Net(nn.Module):
@@ -39,7 +38,8 @@ class Net(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch."""
-        return cross_entropy(self.net(x), y)
+        found: Tensor = loss(self.net(x), x, y)
+        return found
 
     def metrics(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         """Nothing: evaluation is not what is measured."""

@@ -23,7 +23,7 @@ class Trainer:
     def __init__(self, w: peer.Work, x: Tensor, y: Tensor) -> None:
         self.w, self.x, self.y = w, x, y
         self.model = build(w.model, x).to(w.device)
-        self.params = list(self.model.parameters())
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(self.params, lr=w.lr)
 
     def total(self, start: Tensor, clients: list[int]) -> Tensor:

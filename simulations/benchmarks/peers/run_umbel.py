@@ -17,6 +17,8 @@ def main() -> None:
     settings = [f"run.store={store}", f"run.rounds={w.rounds}", f"client.device={w.device}"]
     if plan := w.options.get("plan"):
         settings.append(f"run.engine_plan={plan}")
+    if precision := w.options.get("precision"):
+        settings.append(f"client.precision={precision}")
     run = load(w.options["run_file"], settings)
     notes: list[str] = []
     peer.began()
