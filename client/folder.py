@@ -47,6 +47,8 @@ class SiteSettings(Settings):
     """The longest pause between two looks for work; short ones while a run is on."""
     threads: Count | None = None
     """Threads that training may use; ``None``: torch's choice."""
+    hardware: bool = True
+    """Whether the server is told what processor, memory and GPU are here."""
 
 
 class Kit(NamedTuple):

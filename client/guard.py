@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from umbel.client.folder import Kit, SiteFolder
+from umbel.client.machine import Allowance
 from umbel.client.policy import Policy, PolicyError, check_round, check_run, read_policy
 from umbel.core import messages, seal
 from umbel.core.audit_log import AuditLog, read
@@ -35,11 +36,13 @@ class Accepted(NamedTuple):
         seal: the server's.
         own_parts: the user's own code that the policy lets runs name.
         maximum_epsilon: of all runs on the site's data; ``None``: no bound.
+        share: how much of the machine it may use.
     """
 
     seal: Seal
     own_parts: tuple[str, ...]
     maximum_epsilon: float | None
+    share: Allowance
 
 
 class Refusal(NamedTuple):
@@ -117,8 +120,7 @@ class Guard:
             return Refusal(Problem(error="request", exception="InputError"), nonce)
         self.audit.add(ACCEPTED, **facts)
         self._remember(facts)
-        epsilon = policy.privacy.maximum_epsilon_total
-        return Accepted(opened, policy.allow.own_parts, epsilon)
+        return _accepted(opened, policy)
 
     def known(self, kind: str, records: Records) -> Accepted | None:
         """A request that was accepted before the process died, to be carried out after all."""
@@ -135,8 +137,7 @@ class Guard:
         if opened.nonce not in self._nonces:
             return None
         policy = read_policy(self._folder.policy_file)
-        epsilon = policy.privacy.maximum_epsilon_total
-        return Accepted(opened, policy.allow.own_parts, epsilon)
+        return _accepted(opened, policy)
 
     def _open(self, kind: str, records: Records) -> Seal:
         opened = seal.open_seal(
@@ -188,3 +189,8 @@ class Guard:
                 n: ends for n, ends in self._nonces.items() if ends + seal.CLOCK_SKEW > now
             }
         self._rounds[facts["job"], facts["round"], facts["kind"]] += 1
+
+
+def _accepted(opened: Seal, policy: Policy) -> Accepted:
+    epsilon = policy.privacy.maximum_epsilon_total
+    return Accepted(opened, policy.allow.own_parts, epsilon, policy.limits.share())

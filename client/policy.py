@@ -15,9 +15,10 @@ import pydantic
 from pydantic import Field
 
 from umbel.client.folder import read_toml
+from umbel.client.machine import Allowance
 from umbel.core.errors import RefusedError
 from umbel.core.run_file import RunFile
-from umbel.core.settings import Count, NonNegative, Positive, Settings, parse
+from umbel.core.settings import Count, NonNegative, Positive, Settings, Share, parse
 
 POLICY = """\
 # What this site allows. The server cannot change it; a request that is not allowed is refused, and
@@ -45,6 +46,9 @@ own_parts = []
 maximum_bytes = 2000000000        # of one message
 maximum_rounds = 1000
 repeats = 3                       # how often one round may be asked for again (a server restarts)
+# threads = 4                     # that compute
+# memory_mb = 8000                # of the process that trains, PyTorch itself (some 700) included
+# gpu_share = 0.5                 # of each GPU's memory
 """
 """The policy that a new site starts with."""
 
@@ -77,6 +81,13 @@ class Limits(Settings):
     maximum_bytes: Count = 2_000_000_000
     maximum_rounds: Count = 1000
     repeats: Count = 3
+    threads: Count | None = None
+    memory_mb: Count | None = None
+    gpu_share: Share | None = None
+
+    def share(self) -> Allowance:
+        """How much of the machine a run may use."""
+        return Allowance(self.threads, self.memory_mb, self.gpu_share)
 
     @pydantic.field_validator("hours")
     @classmethod

@@ -89,12 +89,14 @@ class Hello(_Reply):
         test_examples: of its own test part.
         info: the fields of ``datasets.federated.Info``.
         versions: name -> version.
+        hardware: what its machine is, where it tells.
     """
 
     examples: int = pydantic.Field(ge=1)
     test_examples: Natural
     info: dict[str, Any]
     versions: dict[str, str | None]
+    hardware: dict[str, str] = pydantic.Field(default_factory=dict)
 
 
 class Answer(_Reply):

@@ -177,7 +177,7 @@ class Manager:
             elif kind == "sites":
                 self._report(f"{len(event['names'])} sites: {', '.join(event['names'])}")
             elif kind == "site":
-                self._folder.keep_client(event["site"], {"versions": event["versions"]})
+                self._folder.keep_client(event["site"], event["told"])
             elif kind == "refused":
                 self._audit_job("reply", site=event["site"], text=event["text"])
                 self._report(f"{event['site']}: {event['text']}")

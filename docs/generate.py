@@ -185,6 +185,8 @@ def _command(path: str, command: click.Command, context: click.Context) -> Itera
     yield f"```text\n{path} {usage}\n```\n"
     rows = []
     for param in command.params:
+        if getattr(param, "hidden", False):
+            continue
         name = ", ".join(param.opts)
         if isinstance(param, click.Argument):
             name = param.metavar or param.human_readable_name

@@ -21,6 +21,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from umbel.client.flower.secure_app import register
+from umbel.client.machine import describe
 from umbel.core import messages
 from umbel.core.errors import InputError
 from umbel.core.messages import Answer, Hello, Request
@@ -86,6 +87,7 @@ def hello(message: Message, context: Context) -> Message:
                 test_examples=_shown(request.run, _rows(test)) if test is not None else 0,
                 info=json.loads(json.dumps(info)),
                 versions={n: _version(n) for n in ("umbel", "flwr", "torch", "numpy")},
+                hardware=describe() if context.node_config.get("hardware") else {},
             )
         return reply, b""
 

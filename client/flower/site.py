@@ -115,6 +115,7 @@ class Site:
             "name": self._settings.name,
             "data": self._settings.data,
             "threads": self._settings.threads,
+            "hardware": self._settings.hardware,
             "folder": str(folder.path),
         }
         self._worker: Works = (worker or self._child)(about)
@@ -232,7 +233,7 @@ class Site:
         self._forget(message)
 
     def _carried_out(self, message: Message, decision: Accepted) -> Message:
-        work = Work(decision.own_parts, decision.maximum_epsilon, decision.seal.job)
+        work = Work(decision.own_parts, decision.maximum_epsilon, decision.seal.job, decision.share)
         left = max(1.0, _ends(message) - time.time())
         try:
             return read_message(self._worker.answer(write_work(work, message), left))

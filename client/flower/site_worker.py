@@ -19,6 +19,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
 
 from umbel.client import worker
+from umbel.client.machine import Allowance, Bounds
 
 CONTEXTS = 4
 """Runs whose state is kept in memory; what must outlive them is in files."""
@@ -31,11 +32,13 @@ class Work(NamedTuple):
         allow: the user's own code that the site lets runs name.
         maximum_epsilon: of all runs on the site's data; ``None``: no bound.
         job: what the server calls the run.
+        share: how much of the machine it may use, as :class:`~umbel.client.machine.Allowance`.
     """
 
     allow: tuple[str, ...]
     maximum_epsilon: float | None
     job: str
+    share: tuple[int | None, int | None, float | None]
 
 
 def write_work(work: Work, message: Message) -> bytes:
@@ -61,14 +64,12 @@ def make(settings: dict[str, Any]) -> Callable[[bytes], bytes]:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    import torch
-    import torch._dynamo  # seconds, which the first optimizer would take
+    import torch._dynamo  # noqa: F401  # seconds, which the first optimizer would take
 
     import umbel.client.training  # noqa: F401
     from umbel.client.flower.app import app
 
-    if settings.get("threads"):
-        torch.set_num_threads(int(settings["threads"]))
+    bounds = Bounds(settings.get("threads"))
     contexts: dict[str, Context] = {}
 
     def answer(document: bytes) -> bytes:
@@ -86,6 +87,7 @@ def make(settings: dict[str, Any]) -> Callable[[bytes], bytes]:
         contexts[work.job] = context
         while len(contexts) > CONTEXTS:
             contexts.pop(next(iter(contexts)))
+        bounds.keep(Allowance(*work.share))
         reply = app(message=message, context=context)
         gc.collect(0)
         return write_message(reply)
@@ -99,6 +101,7 @@ def _node_config(settings: dict[str, Any], work: Work) -> UserConfig:
         "allow": " ".join(work.allow),
         "folder": str(settings["folder"]),
         "job": work.job,
+        "hardware": bool(settings.get("hardware")),
     }
     if settings.get("data") is not None:
         config["data"] = str(settings["data"])

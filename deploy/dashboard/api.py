@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.openapi.utils import get_openapi
 from starlette.responses import JSONResponse, Response
 
+from umbel import __version__
 from umbel.core.errors import InputError
 from umbel.deploy.dashboard.actions import enqueue, obey
 from umbel.deploy.dashboard.figures import exposition
@@ -17,6 +19,34 @@ from umbel.deploy.dashboard.pages import source_of
 from umbel.deploy.dashboard.source import alerts, budget
 
 router = APIRouter()
+
+SUBMITTED = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/x-www-form-urlencoded": {
+                "schema": {
+                    "type": "object",
+                    "required": ["text"],
+                    "properties": {
+                        "text": {"type": "string", "description": "the run file"},
+                        "sites": {"type": "string", "description": "how many to wait for; 0: all"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.get("/api/openapi.json")
+@needs("viewer")
+def description(request: Request) -> Response:
+    """This API, for programs."""
+    table = get_openapi(title="Umbel's dashboard", version=__version__, routes=router.routes)
+    token = {"type": "http", "scheme": "bearer"}
+    table.setdefault("components", {})["securitySchemes"] = {"token": token}
+    return _json({**table, "security": [{"token": []}]})
 
 
 @router.get("/api/runs")
@@ -80,7 +110,7 @@ def audit(request: Request) -> Response:
     return _json({"entries": [line._asdict() for line in lines], "broken": wrong})
 
 
-@router.post("/api/runs")
+@router.post("/api/runs", status_code=201, openapi_extra=SUBMITTED)
 @needs("operator")
 def submit(request: Request) -> Response:
     """Puts the run file in the field ``text`` into the queue; ``sites`` as in ``umbel submit``."""

@@ -53,6 +53,7 @@ class Client(NamedTuple):
         last_run: the newest run that asked it.
         last_error: its last failure, with run and round; empty: none.
         versions: what it has installed.
+        hardware: what its machine is, where it tells.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Client(NamedTuple):
     last_run: str
     last_error: str
     versions: Mapping[str, str]
+    hardware: Mapping[str, str]
 
 
 class Model(NamedTuple):
@@ -173,7 +175,7 @@ class Source:
             online = None
             if state is not None and name in sites:
                 online = bool(state.sites.get(name, {}).get("online"))
-            versions = told.get(name, {}).get("versions", {})
+            said = told.get(name, {})
             found.append(
                 Client(
                     name,
@@ -185,7 +187,8 @@ class Source:
                     int(received or 0),
                     last or "",
                     errors.get(name, ""),
-                    versions,
+                    said.get("versions", {}),
+                    said.get("hardware", {}),
                 )
             )
         return found

@@ -86,8 +86,10 @@ class Wire:
 
     def _carry(self, near: socket.socket) -> None:
         self._whole.wait()
+        ends = {near}
         with suppress(OSError, ValueError), near, socket.create_connection((HOST, self._to)) as far:
-            self._ends |= {near, far}
+            ends = {near, far}
+            self._ends |= ends
             with selectors.DefaultSelector() as ready:
                 ready.register(near, selectors.EVENT_READ, far)
                 ready.register(far, selectors.EVENT_READ, near)
@@ -98,7 +100,7 @@ class Wire:
                         if not piece:
                             return
                         key.data.sendall(piece)
-        self._ends -= {near, far}
+        self._ends -= ends
 
 
 def partition(folder: Path, seconds: float, report: Callable[[str], None] = print) -> Found:

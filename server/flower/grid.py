@@ -49,6 +49,9 @@ FLOWER_ERRORS = {
 # A reply that is larger than the model by this many bytes is not read.
 SLACK = 1 << 20
 
+TOGETHER_SECONDS = 15.0
+"""Two signs of life: after an outage, all who are back have given one by then."""
+
 QUICKEST_POLL, SLOWEST_POLL = 0.01, 1.0
 LATE = 0.05
 """By how much of the time that it took an answer may be seen late."""
@@ -87,7 +90,8 @@ class GridFederation:
         run: the run file; its tables go to the clients, with the noise that its privacy budget asks
             for, which depends on what they hold: :attr:`run`.
         sites: how many nodes to wait for.
-        wait: seconds until the nodes must be there and have answered.
+        wait: seconds until the nodes must be there and have answered; and how long the run waits
+            for one of them where later all are lost.
         alive: raises where the machinery behind the grid has ended.
         end: called by :meth:`close`.
 
@@ -110,6 +114,7 @@ class GridFederation:
         self._tables = messages.write_run(run)
         self._alive = alive
         self._end = end
+        self._wait = wait
         self._nodes: dict[str, int] = {}
         self._hellos: dict[str, Hello] = {}
         self._greet(sites, wait)
@@ -134,6 +139,7 @@ class GridFederation:
 
         Who has not answered at the deadline is a failure, and what it sends later is never read.
         """
+        self._somebody()
         return patient(self.attend(plan), plan.deadline)
 
     def attend(self, plan: TrainPlan) -> Iterator[Updates | Failure | None]:
@@ -220,7 +226,28 @@ class GridFederation:
             deadline: seconds; ``None`` waits.
             run_id: under which clients keep what they keep from round to round.
         """
+        self._somebody()
         return patient(self._asked(kind, round_number, contents, deadline, run_id), deadline)
+
+    def _somebody(self) -> None:
+        """Waits where all have gone: a network that is cut must not cost a run its rounds.
+
+        Who comes back first is not asked alone at once: the others are on their way.
+        """
+        nodes = set(self._nodes.values())
+        now = began = time.monotonic()
+        first: float | None = None
+        while now - began < self._wait:
+            there = nodes & set(self._grid.get_node_ids())
+            if there == nodes or (there and now == began):
+                return
+            if there:
+                first = now if first is None else first
+                if now - first >= TOGETHER_SECONDS:
+                    return
+            self._alive()
+            time.sleep(SLOWEST_POLL)
+            now = time.monotonic()
 
     def _asked(
         self,

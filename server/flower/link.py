@@ -13,7 +13,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -181,6 +181,7 @@ class Heard(NamedTuple):
         bytes_down: of what it was sent.
         bytes_up: of its answer.
         versions: what it has installed, where it was greeted.
+        hardware: what its machine is, where it was greeted and tells.
     """
 
     site: str
@@ -191,10 +192,15 @@ class Heard(NamedTuple):
     bytes_down: int
     bytes_up: int
     versions: Mapping[str, str]
+    hardware: Mapping[str, str]
 
 
 REPORTED = ("umbel", "flwr", "torch", "numpy")
 """Whose versions a site tells."""
+HARDWARE = ("cpu", "memory", "gpu", "system")
+"""What it tells of its machine."""
+LONGEST = 100
+"""Characters of such a word."""
 
 
 def _nobody(heard: Heard) -> None:
@@ -389,12 +395,17 @@ class LinkGrid(Grid):
             self._refused(peer.name, f"refused by its policy ({table.get('exception')})")
         elif error is None:
             group, sent, down = self._asked[message.metadata.reply_to_message_id]
-            installed = table.get("versions")
-            known = installed if isinstance(installed, dict) else {}
-            versions = {name: str(known[name])[:64] for name in REPORTED if name in known}
-            up = _size(records)
-            self._heard(Heard(peer.name, kind, group, sent, time.time(), down, up, versions))
+            versions = _told(table.get("versions"), REPORTED)
+            hardware = _told(table.get("hardware"), HARDWARE)
+            now, up = time.time(), _size(records)
+            self._heard(Heard(peer.name, kind, group, sent, now, down, up, versions, hardware))
         return message
+
+
+def _told(said: object, names: Sequence[str]) -> dict[str, str]:
+    """What a site says of itself, of which nothing is believed."""
+    table = said if isinstance(said, dict) else {}
+    return {name: str(table[name])[:LONGEST] for name in names if name in table}
 
 
 class _Replies:

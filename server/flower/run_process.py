@@ -98,7 +98,8 @@ def carry_out(settings: Settings, orders: Orders) -> str:
 
     def heard(answer: Heard) -> None:
         if answer.versions:
-            say("site", site=answer.site, versions=dict(answer.versions))
+            told = {"versions": dict(answer.versions), "hardware": dict(answer.hardware)}
+            say("site", site=answer.site, told=told)
         if answer.group.isdigit() and int(answer.group):
             key = int(answer.group), answer.site
             first = asked.get(key, Dispatch(*key, answer.sent, None, 0, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,8 +42,12 @@ class Here:
 
     def __init__(self, folder: SiteFolder, data: Path) -> None:
         settings = {"name": "north", "data": str(data), "folder": str(folder.path)}
+        self._settings = settings
         self._answer: Callable[[bytes], bytes] = site_worker.make(settings)
         self.asked = 0
+
+    def tell_hardware(self) -> None:
+        self._answer = site_worker.make({**self._settings, "hardware": True})
 
     def warm(self) -> None:
         pass
@@ -152,10 +157,32 @@ def receive(site: Place, message: Message) -> Message:
 
 
 def said(reply: Message) -> dict[str, Any]:
-    import json
-
     table: dict[str, Any] = json.loads(str(reply.content[MANIFEST][MANIFEST]))
     return table
+
+
+def test_the_worker_is_told_what_the_policy_leaves_to_a_run(place: Callable[[], Place]) -> None:
+    site = place()
+    limits = "[limits]\nthreads = 1\nmemory_mb = 100000\ngpu_share = 0.5\n"
+    site._folder.policy_file.write_text(limits)
+    asked: list[bytes] = []
+    answer = site.here.answer
+
+    def heard(document: bytes, seconds: float | None) -> bytes:
+        asked.append(document)
+        return answer(document, seconds)
+
+    site.here.answer = heard  # type: ignore[method-assign]
+    receive(site, ask(site))
+    size = int.from_bytes(asked[0][:4], "big")
+    assert json.loads(asked[0][4 : 4 + size])["share"] == [1, 100000, 0.5]
+
+
+def test_a_site_tells_its_hardware_where_its_operator_lets_it(place: Callable[[], Place]) -> None:
+    site = place()
+    assert said(receive(site, ask(site)))["hardware"] == {}
+    site.here.tell_hardware()
+    assert "cpu" in said(receive(site, ask(site)))["hardware"]
 
 
 def test_an_honest_request_opens_the_data_and_is_answered_under_seal(

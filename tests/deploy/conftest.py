@@ -22,6 +22,7 @@ from umbel.server.records import RoundRecord, RoundResult
 from umbel.server.store import RunStore
 
 SITES = ("aarhus", "basel", "cork")
+MACHINE = {"cpu": "8 × AMD EPYC 7763", "memory": "32 GiB", "gpu": "none", "system": "Linux x86_64"}
 NASTY = "<script>alert('basel')</script>"
 
 
@@ -65,7 +66,7 @@ class Made:
         for place, site in enumerate(SITES):
             record = SiteRecord(site, b"-", bytes(32), place + 1, "2026-11-20T09:00:00+00:00")
             self.folder.save_site(record)
-            self.folder.keep_client(site, {"versions": {"umbel": "0.1.0"}})
+            self.folder.keep_client(site, {"versions": {"umbel": "0.1.0"}, "hardware": MACHINE})
         self.store = RunStore(self.folder.store)
         self.finished = self._run("done", 8)
         self.store.finish(self.finished, "finished")

@@ -162,6 +162,31 @@ def test_who_does_not_answer_in_time_is_named_and_its_late_reply_is_never_read()
     assert len(again) == CLIENTS
 
 
+def test_a_round_waits_where_all_are_lost_and_for_those_who_come_back_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("umbel.server.flower.grid.SLOWEST_POLL", 0.01)
+    run = run_file()
+    grid = LocalGrid(client_app, partitions())
+    federation = GridFederation(grid, run, sites=CLIENTS)
+    everybody = list(grid.nodes)
+    online = iter([[], [], everybody[:1], everybody])
+    monkeypatch.setattr(grid, "get_node_ids", lambda: next(online))
+    found = by_client(federation.train(plan(prepare(run))))
+    assert next(online, None) is None
+    assert len(found) == CLIENTS
+    assert all(isinstance(one, Updates) for one in found.values())
+
+
+def test_a_round_goes_on_without_those_who_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_file()
+    grid = LocalGrid(client_app, partitions())
+    federation = GridFederation(grid, run, sites=CLIENTS)
+    monkeypatch.setattr(grid, "get_node_ids", lambda: list(grid.nodes)[:1])
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
+    federation._somebody()
+
+
 def test_replies_are_yielded_as_they_come() -> None:
     run = run_file()
     grid = LocalGrid(client_app, partitions())
