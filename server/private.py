@@ -129,15 +129,21 @@ class Guard:
             RefusedError: somebody would pass the budget; :attr:`exhausted` then says so. Nothing is
                 spent.
         """
-        if self._noise is not None and self._begun():  # all rounds were paid for before the first
-            self._spent = self._ledger.epsilon(accountant="pld").epsilon
-            return finite(self._spent)
+        if self._noise is not None and self._begun():
+            return self._whole_run()
         try:
             spent = self._ledger.debit_all(self._entries(number, asked))
         except RefusedError:
             self.exhausted = True
             raise
+        if self._noise is not None:
+            return self._whole_run()
         self._spent = max([self._spent, *(found.epsilon for found in spent)])
+        return finite(self._spent)
+
+    def _whole_run(self) -> float | None:
+        # All rounds are one release, paid for before the first: the same figure in each.
+        self._spent = self._ledger.epsilon(accountant="pld").epsilon
         return finite(self._spent)
 
     def _begun(self) -> bool:
