@@ -33,6 +33,7 @@ RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 COMMAND = (sys.executable, "-P", "-m", "umbel.server.flower.run_process")
 
 STUMBLE_SECONDS = 2.0
+LAST_WORDS_SECONDS = 10.0
 
 log = logging.getLogger("umbel.server")
 
@@ -62,6 +63,7 @@ class Manager:
         self._audit = AuditLog(folder.audit_file)
         self._process: subprocess.Popen[str] | None = None
         self._job: Job | None = None
+        self._reader: threading.Thread | None = None
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._told = ""
         self._stopping = ""
@@ -96,6 +98,8 @@ class Manager:
             assert self._job is not None
             self._obey(self._jobs.get(self._job.id))
             if self._process is not None and self._process.poll() is not None:
+                if self._reader is not None:  # its last words may not have been read yet
+                    self._reader.join(LAST_WORDS_SECONDS)
                 self._hear()
                 if self._process is not None:  # it died without a word
                     self._over("", f"its process ended with status {self._process.returncode}")
@@ -149,10 +153,10 @@ class Manager:
             )
         self._events = queue.SimpleQueue()
         assert self._process.stdout is not None
-        reader = threading.Thread(
+        self._reader = threading.Thread(
             target=_listen, args=(self._process.stdout, self._events), daemon=True
         )
-        reader.start()
+        self._reader.start()
         self._tell(json.dumps(table))
 
     def _hear(self) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,22 @@ def over(folder: ServerFolder, job: Job) -> Job:
 
 def starts(folder: ServerFolder, job: Job) -> int:
     return len((folder.path / job.id).read_text())
+
+
+def test_the_last_words_of_a_run_are_heard_however_late_they_are_read(
+    folder: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen = module._listen
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(1.5)  # by then the process has ended
+        listen(*arguments)
+
+    monkeypatch.setattr(module, "_listen", slowly)
+    job = Jobs(folder.jobs_database).submit(run_file(), "text", 0)
+    with managed(folder, "start 1 finished"):
+        assert over(folder, job).state == "finished"
+    assert starts(folder, job) == 1
 
 
 def test_runs_are_carried_out_in_their_order(folder: ServerFolder) -> None:
