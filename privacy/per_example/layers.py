@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 GAIN = 16
 """Gradients of p * q numbers are written down where p * q <= GAIN * T * T, for T terms each.
 
@@ -122,7 +121,7 @@ def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor) -> dict[str, Known]:
-    scaled = F.group_norm(x, layer.num_groups, None, None, layer.eps) * g
+    scaled = F.group_norm(x, layer.num_groups, None, None, layer.eps).mul_(g)
     return {"weight": written(_over_pixels(scaled)), "bias": written(_over_pixels(g))}
 
 
@@ -131,7 +130,7 @@ def _over_pixels(t: Tensor) -> Tensor:
 
 
 def _layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor) -> dict[str, Known]:
-    scaled = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps) * g
+    scaled = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps).mul_(g)
     between = list(range(1, x.dim() - len(layer.normalized_shape)))
     found = {"weight": written(scaled.sum(between) if between else scaled)}
     if layer.bias is not None:
