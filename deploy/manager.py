@@ -211,7 +211,8 @@ class Manager:
             status = "paused"
         final = status in ("paused", "stopped", "finished", "budget_exhausted")
         if not final and not hopeless and job.attempts < ATTEMPTS:
-            pause = RETRY_SECONDS[min(job.attempts, len(RETRY_SECONDS)) - 1]
+            failed = max(job.attempts, 1)  # a new round has set it to 0
+            pause = RETRY_SECONDS[min(failed, len(RETRY_SECONDS)) - 1]
             self._not_before = time.monotonic() + pause
             self._jobs.change(job.id, error=f"{error}; trying again")
             self._report(f"{job.id}: {error}; trying again in {pause:g} s")

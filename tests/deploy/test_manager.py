@@ -112,6 +112,16 @@ def test_the_last_words_of_a_run_are_heard_however_late_they_are_read(
     assert starts(folder, job) == 1
 
 
+def test_a_run_that_got_further_is_tried_again_at_once(
+    folder: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", (0.0, 3600.0))
+    job = Jobs(folder.jobs_database).submit(run_file(), "text", 0)
+    with managed(folder, "start 1 die;start 2 finished"):
+        assert over(folder, job).state == "finished"
+    assert starts(folder, job) == 2
+
+
 def test_runs_are_carried_out_in_their_order(folder: ServerFolder) -> None:
     jobs = Jobs(folder.jobs_database)
     first, second = (jobs.submit(run_file(name), "text", 0) for name in ("one", "two"))
