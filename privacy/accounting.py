@@ -55,7 +55,8 @@ _LOST_PER_RELEASE = 1e-15
 _INTERVAL = 1e-4
 _COARSE = 1e-3
 
-# What a cell's width adds grows with its square and with the releases: less than 1e-5 of epsilon.
+# What a cell's width adds grows with its square and with the releases: less than 1e-5 of epsilon,
+# and of a small epsilon no larger a part.
 _DRIFT = 5e-5
 _CELLS = 5e5
 
@@ -179,7 +180,8 @@ def _pld_epsilon(history: frozenset[tuple[Mechanism, int]], delta: float, coarse
     if not sampled:
         return _gaussian_epsilon(alone, delta)
     scale = bound if math.isfinite(bound) else 1000.0
-    interval = _COARSE if coarse else min(max(_INTERVAL, (_DRIFT / releases) ** 0.5), _COARSE)
+    fine = min(max(_INTERVAL, min(scale, 1.0) * (_DRIFT / releases) ** 0.5), _COARSE)
+    interval = _COARSE if coarse else fine
     accountant = pld.PLDAccountant(value_discretization_interval=max(interval, scale / _CELLS))
     if alone:
         accountant.compose(dp_accounting.GaussianDpEvent(alone**-0.5))

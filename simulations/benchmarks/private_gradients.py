@@ -106,6 +106,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     # Opacus's hooks warn in every step.
     warnings.filterwarnings("ignore", module=r"torch|opacus")
+    warnings.filterwarnings("ignore", message="Full backward hook")
     if options.threads:
         torch.set_num_threads(options.threads)
     rows = {}

@@ -21,6 +21,18 @@ def test_golden() -> None:
     assert epsilon({Gaussian(z * 0.9999, batches(1 / 16)): 1600}, 1e-5).epsilon > 3.0
 
 
+# dp-accounting 0.6.0, PLD in its default settings, gives the target at these multipliers.
+@pytest.mark.parametrize(
+    ("target", "steps", "rate", "truth"),
+    [(0.1, 1_000, 0.01, 9.804), (50.0, 10, 1.0, 0.4736)],
+)
+def test_goldens_of_small_and_large_targets(
+    target: float, steps: int, rate: float, truth: float
+) -> None:
+    sampling = EVERYONE if rate == 1 else batches(rate)
+    assert noise_multiplier(target, 1e-5, steps, sampling) == pytest.approx(truth, rel=3e-4)
+
+
 # From 0.1, no case needs more noise than the 10,000 that is looked for.
 @settings(max_examples=20)
 @given(st.floats(0.1, 100), st.integers(1, 10_000), st.sampled_from([1e-3, 1e-5, 1e-9]))
