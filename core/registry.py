@@ -8,10 +8,12 @@ of the module's own name, whose first docstring line describes it. So a new part
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from umbel.core.errors import InputError, suggest
@@ -34,11 +36,12 @@ KINDS = {
 SINGULAR = {"strategies": "strategy", "datasets": "data set"}
 
 
-def known(kind: str) -> dict[str, str]:
+@functools.cache
+def known(kind: str) -> Mapping[str, str]:
     """The parts of a kind: name -> first line of its docstring. Reads files, imports nothing."""
     spec = importlib.util.find_spec(KINDS[kind])
     if spec is None or not spec.submodule_search_locations:
-        return {}
+        return MappingProxyType({})
     found = {}
     for folder in spec.submodule_search_locations:
         for path in sorted(Path(folder).glob("*.py")):
@@ -47,7 +50,7 @@ def known(kind: str) -> dict[str, str]:
                     doc = ast.get_docstring(node) or ""
                     name = path.stem.lstrip("_").replace("_", "-")
                     found[name] = doc.splitlines()[0] if doc else ""
-    return found
+    return MappingProxyType(found)
 
 
 def find(kind: str, name: str, where: str) -> Callable[..., Any]:
