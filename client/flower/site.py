@@ -154,7 +154,8 @@ class Site:
 
     def _look(self, fleet: Fleet) -> None:
         """Looks for work and does it, for ever."""
-        heard, pause, away = 0.0, QUICK, False
+        heard, pause = 0.0, QUICK
+        trouble: type[Exception] | None = None
         have: Sequence[str] | None = self._kept()
         while True:
             try:
@@ -167,13 +168,13 @@ class Site:
             try:
                 delivery = fleet.take(WAIT, have, largest)
                 have = None
-                if away:
+                if trouble:
                     self._report("the server is back")
-                    away = False
+                    trouble = None
             except (LostError, DeniedError, GoneError, TooLargeError) as error:
-                if not away:
+                if type(error) is not trouble:  # a server that is back may know us no more
                     self._report(f"no contact: {error}; trying again")
-                    away = True
+                    trouble = type(error)
                 have = self._kept()  # what was under way to us may be lost: it is sent again
                 pause = min(max(2 * pause, 0.2), SLOWEST_RETRY)
                 time.sleep(pause * random.uniform(0.8, 1.2))

@@ -180,6 +180,7 @@ def _listen(settings: DashboardSettings, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.listen, port))
+        listener.listen()  # whoever is told the address may call at once
     except OSError as error:
         listener.close()
         raise InputError(

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--runs", type=int, default=RUNS)
     found.add_argument("--batch", type=int, default=BATCH)
     found.add_argument("--threads", type=int, default=0, help="of torch; 0: as it is")
+    found.add_argument("--compiled", action="store_true", help="torch.compile of vmap as well")
     return found
 
 
@@ -111,7 +112,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     rows = {}
     for case in cases(options.batch):
-        systems = _systems(case)
+        systems = _systems(case, options)
         seconds: dict[str, list[float]] = {name: [] for name in systems}
         for step in systems.values():
             step()
@@ -158,7 +159,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"{'':12} goal for umbel: {row['goal']:.1f}, {met}")
 
 
-def _systems(case: Case) -> dict[str, Callable[[], object]]:
+def _systems(case: Case, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     import copy
 
     import torch
@@ -166,6 +167,7 @@ def _systems(case: Case) -> dict[str, Callable[[], object]]:
 
     from umbel.privacy.per_example.choose import choose
     from umbel.privacy.per_example.clipped import Bounds
+    from umbel.privacy.per_example.functional import Vmapped
 
     batch = {"x": case.x, "y": torch.randint(0, case.classes, (len(case.x),))}
 
@@ -181,10 +183,20 @@ def _systems(case: Case) -> dict[str, Callable[[], object]]:
     own = copy.deepcopy(module)
     bounds = Bounds(1.0)
     _, method, _ = choose(own, losses, batch, bounds)
+    vmapped = Vmapped(copy.deepcopy(module), losses)
     systems: dict[str, Callable[[], object]] = {
         "plain": plain,
         "umbel": lambda: method(batch, bounds),
+        "vmap": lambda: vmapped(batch, bounds),
     }
+    if options.compiled:
+        fast = torch.compile(lambda: vmapped(batch, bounds))
+        try:
+            fast()
+        except Exception as error:  # no compiler here, or a model that it does not take
+            print(f"note: vmap is not compiled here ({type(error).__name__})")
+        else:
+            systems["vmap-compiled"] = fast
     return systems | _opacus(module, losses, batch)
 
 
