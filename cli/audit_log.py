@@ -40,7 +40,7 @@ def verbs(help: str, here: Path, log: Callable[[Path], Path]) -> typer.Typer:
         hash: HashOption = None, folder: FolderOption = here, format: FormatOption = Format.text
     ) -> None:
         """Check that no entry was changed or removed; shows the last hash, to be noted."""
-        last, count = _checked(log(folder), hash)
+        last, count = _checked(_there(log(folder)), hash)
         if format is Format.json:
             output.emit({"ok": True, "entries": count, "last": last})
         else:
@@ -51,7 +51,7 @@ def verbs(help: str, here: Path, log: Callable[[Path], Path]) -> typer.Typer:
         last: LastOption = 20, folder: FolderOption = here, format: FormatOption = Format.text
     ) -> None:
         """Show the last entries."""
-        entries = list(deque(read(log(folder)), maxlen=last))
+        entries = list(deque(read(_there(log(folder))), maxlen=last))
         if format is Format.json:
             output.emit({"entries": entries})
             return
@@ -69,16 +69,24 @@ def verbs(help: str, here: Path, log: Callable[[Path], Path]) -> typer.Typer:
     return app
 
 
-def _checked(path: Path, noted: str | None) -> tuple[str, int]:
-    """The last hash and how many entries, after the chain was checked.
+def _there(path: Path) -> Path:
+    """The log's path.
 
     Raises:
         InputError: there is no log.
-        RunError: an entry was changed or removed, or the noted hash is gone.
     """
     if not path.is_file():
         fix = "nothing was done there yet, or somebody removed it, or --folder names another"
         raise InputError("no audit log", where=str(path), fix=fix)
+    return path
+
+
+def _checked(path: Path, noted: str | None) -> tuple[str, int]:
+    """The last hash and how many entries, after the chain was checked.
+
+    Raises:
+        RunError: an entry was changed or removed, or the noted hash is gone.
+    """
     last, count, found = START, 0, noted in (None, START)
     for entry in read(path):
         last, count = entry["hash"], count + 1

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
 from umbel.cli import output
 from umbel.cli.output import Format, FormatOption
 from umbel.cli.server import HERE, ServerOption
+
+if TYPE_CHECKING:
+    from umbel.deploy.jobs import Jobs
 
 JobArgument: TypeAlias = Annotated[
     str, typer.Argument(metavar="RUN", help="Its id in the queue or the store, or its beginning.")
@@ -27,13 +30,10 @@ def submit(
 ) -> None:
     """Put a run into the server's queue."""
     from umbel.core.run_file import load
-    from umbel.deploy.jobs import Jobs
-    from umbel.deploy.server_folder import ServerFolder
 
-    server = ServerFolder(folder)
-    server.settings()
+    queue = _queue(folder)
     text = run_file.read_text(encoding="utf-8") if run_file.is_file() else ""
-    job = Jobs(server.jobs_database).submit(load(run_file, set or ()), text, sites)
+    job = queue.submit(load(run_file, set or ()), text, sites)
     if format is Format.json:
         output.emit(job.as_json())
     else:
@@ -59,15 +59,24 @@ def stop(run: JobArgument, folder: ServerOption = HERE, format: FormatOption = F
     _order(run, "stop", folder, format)
 
 
-def _order(
-    name: str, order: Literal["pause", "resume", "stop"], folder: Path, format: Format
-) -> None:
+def _queue(folder: Path) -> Jobs:
+    """The queue of the server in a folder.
+
+    Raises:
+        InputError: there is no server.
+    """
     from umbel.deploy.jobs import Jobs
     from umbel.deploy.server_folder import ServerFolder
 
     server = ServerFolder(folder)
     server.settings()
-    jobs = Jobs(server.jobs_database)
+    return Jobs(server.jobs_database)
+
+
+def _order(
+    name: str, order: Literal["pause", "resume", "stop"], folder: Path, format: Format
+) -> None:
+    jobs = _queue(folder)
     job = jobs.want(jobs.get(name), order)
     if format is Format.json:
         output.emit(job.as_json())

@@ -239,6 +239,7 @@ def test_check_prints_the_plan(ask: Json, say: Say) -> None:
         (["plot", "--split", "run.toml", "run.toml/a.png"], "Not a directory"),
         (["pause", "x"], "there is no such file"),
         (["site", "audit-log", "verify"], "no audit log"),
+        (["server", "audit-log", "show"], "no audit log"),
         (["server", "init", "--host", "https://x", "--folder", "s"], "neither a DNS name nor"),
         (["server", "init", "--host", "", "--folder", "s"], "neither a DNS name nor"),
         (["list", "strategy"], "unknown kind 'strategy'"),
