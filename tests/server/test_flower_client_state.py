@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from helpers.local_grid import LocalGrid
 
 from umbel.client.flower.app import app as client_app
 from umbel.core.payloads import Failure, Federation, TrainPlan, Updates
@@ -18,18 +17,6 @@ from umbel.server.records import Scores
 from umbel.server.rounds import Start, rounds
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.prepare import prepare
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-LocalGrid = _load("local_grid").LocalGrid
 
 
 def run_file(total: int) -> RunFile:

@@ -1,18 +1,17 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from helpers.local_grid import LocalGrid
 
 from umbel.client.flower.app import app as client_app
 from umbel.core import messages
@@ -28,17 +27,6 @@ from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.prepare import Prepared, prepare
 from umbel.simulations.simulate import simulate
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-LocalGrid = _load("local_grid").LocalGrid
 CLIENTS = 3
 
 

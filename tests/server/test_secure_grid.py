@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from helpers.local_grid import LocalGrid
 
 from umbel.client.flower.app import app as client_app
 from umbel.client.site_ledger import read
@@ -31,17 +30,6 @@ from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.prepare import Prepared, prepare
 from umbel.simulations.secure import SecureFederation
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-LocalGrid = _load("local_grid").LocalGrid
 CLIENTS = 4
 CAP = 90.0
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.quadratic import Quadratic
 
 from umbel.core import registry
 from umbel.core.payloads import Updates, pack, unpack
@@ -18,18 +16,6 @@ from umbel.server.records import Scores
 from umbel.server.rounds import Start, rounds, step
 from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import Combined, ServerState, Strategy
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-Quadratic = _load("quadratic").Quadratic
 
 
 class Row(NamedTuple):

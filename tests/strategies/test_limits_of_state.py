@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers.quadratic import Quadratic
 from torch import Tensor
 
 from umbel.client import own
@@ -23,18 +21,6 @@ from umbel.strategies.moon import moon
 from umbel.strategies.parts import Combined, Local
 from umbel.strategies.parts.layers import in_head, normalised
 from umbel.strategies.qfedavg import qfedavg
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-Quadratic = _load("quadratic").Quadratic
 
 OPTIMA = [[1.0, -2.0], [4.0, 0.5], [-3.0, 2.0]]
 CURVED = [0.3, 1.0, 2.5]
