@@ -63,7 +63,7 @@ def test_walkthrough_equals_the_built_in_strategy(
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_has_its_conformance_row(name: str) -> None:
-    table = (ROOT / "tests" / "strategies" / "test_conformance.py").read_text(encoding="utf-8")
+    table = (ROOT / "tests" / "helpers" / "conformance.py").read_text(encoding="utf-8")
     assert re.search(rf'^    Row\("{re.escape(name)}", ', table, re.MULTILINE)
 
 

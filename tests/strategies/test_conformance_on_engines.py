@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.conformance import TABLE
 from sklearn.datasets import load_breast_cancer
 
 from umbel.core.payloads import Federation
@@ -22,17 +21,7 @@ from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.engines.vectorised import vectorised
 from umbel.simulations.prepare import Prepared, prepare
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-PARAMETERS = {row.name: row.parameters for row in _load("test_conformance").TABLE}
+PARAMETERS = {row.name: row.parameters for row in TABLE}
 MLP = {"name": "mlp", "hidden": [6]}
 NORMED = """
 from torch import nn
