@@ -12,13 +12,42 @@ import torch
 from torch import Tensor
 
 from umbel.core.errors import RunError
+from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, Tree, flatten, unflatten
 from umbel.strategies.parts import ClientRule, Delivered, Ended, Local, Trees
 from umbel.strategies.parts.rule import joined, model_part
 from umbel.strategies.parts.strategy import private_names
+from umbel.tasks.collect import Columns
+from umbel.tasks.task import Task
 
 PRIVATE = "private"
 """The letter under which a client keeps the model's tensors that never travel."""
+
+EXAMPLES = "examples"
+"""The letter under which it keeps what its task makes: columns, of any length."""
+
+
+def keeps(rule: ClientRule, task: Task) -> bool:
+    """Whether a client keeps anything from round to round."""
+    return rule.keeps or task.keeps is not None
+
+
+def algorithm(run: RunFile, task: Task) -> str:
+    """What a client's tensors are of: those of another strategy, or task, are of no use."""
+    return run.strategy.name + (f" on {run.task.kind}" if task.keeps is not None else "")
+
+
+def remembered(kept: Tree | None) -> Columns:
+    """The columns among what a client kept."""
+    return {} if kept is None else {n: t.numpy() for n, t in joined(kept, EXAMPLES).items()}
+
+
+def left_over(task: Task, made: Columns) -> dict[str, Tensor]:
+    """What a client keeps of the examples it was trained on, ``letter/name`` -> tensor."""
+    if task.keeps is None:
+        return {}
+    found = task.keeps(made)
+    return {f"{EXAMPLES}/{name}": torch.tensor(column) for name, column in found.items()}
 
 
 def first(rule: ClientRule, model: Model) -> dict[str, Tree]:
@@ -43,6 +72,7 @@ def restored(kept: Tree | None, fresh: Trees, client: str) -> Trees:
     if kept is None:
         return fresh
     nested: Mapping[str, Tree] = unflatten(kept)
+    nested = {letter: tree for letter, tree in nested.items() if letter != EXAMPLES}
     given, wanted = _shapes(flatten(nested)), _shapes(flatten(fresh))
     if given != wanted:
         odd = sorted(n for n in given.keys() | wanted.keys() if given.get(n) != wanted.get(n))

@@ -51,14 +51,19 @@ def scores(
         means = evaluate(task, module, test, device=device)[1]
         found |= {f"personal_{name}": value for name, value in means.items()}
     if runtime.run.evaluate.fine_tune_steps:
-        tuned = fine_tuned(runtime, round_number, client, model, train)
+        tuned = fine_tuned(runtime, round_number, client, model, train, kept)
         means = evaluate(task, tuned, test, device=device)[1]
         found |= {f"fine_tuned_{name}": value for name, value in means.items()}
     return found
 
 
 def fine_tuned(
-    runtime: ClientRuntime, round_number: int, client: str, model: Model, train: Arrays
+    runtime: ClientRuntime,
+    round_number: int,
+    client: str,
+    model: Model,
+    train: Arrays,
+    kept: Tree | None,
 ) -> nn.Module:
     """The global model after ``[evaluate] fine_tune_steps`` local steps down the task's loss.
 
@@ -70,7 +75,7 @@ def fine_tuned(
     lr = optimizers.learning_rate(section, max(round_number, 1), run.run.rounds)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = optimizers.optimizer(section, trained, lr)
-    made = runtime.made(module, max(round_number, 1), client, train)
+    made = runtime.made(module, max(round_number, 1), client, train, kept)
     columns = {name: tensor_of(c).to(runtime.device) for name, c in made.items()}
     schedule = batches.schedule(
         run.run.seed,

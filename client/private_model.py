@@ -54,6 +54,13 @@ def check_model(run: RunFile, task: Task, module: nn.Module, batch: Batch) -> No
                 "use unit = 'client'",
                 "[task] kind",
             )
+        if task.keeps is not None:
+            raise _refused(
+                "what a client keeps of earlier rounds' examples is in later ones, so that no "
+                "bound on one example's gradient bounds its influence",
+                "use unit = 'client'",
+                "[task] kind",
+            )
         if run.client.precision == "float16":
             raise _refused(
                 "float16 needs a scale of the loss, which follows the data",

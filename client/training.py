@@ -134,7 +134,7 @@ class ClientRuntime:
         shared = {letter: self._here(tree) for letter, tree in shared.items()}
         anchor = map_tree(lambda p: p.detach().clone(), params)
         loss = self._loss(module, examples) if self.rule.initial_loss else 0.0
-        made = self.made(module, round_number, client, examples)
+        made = self.made(module, round_number, client, examples, kept)
         trained = _leaves(params, own.start(self.rule, anchor, shared, mine), anchor)
         lr = optimizers.learning_rate(section, round_number, self.run.run.rounds)
         optimizer = optimizers.optimizer(section, trained.values(), lr)
@@ -180,10 +180,19 @@ class ClientRuntime:
             torch.tensor([n], dtype=torch.float64),
             {name: (total / seen).cpu().double()[None] for name, total in totals.items()},
         )
-        return Learned(self.released(updates, model), self._keeps(left.own, after))
+        keeps = {**self._keeps(left.own, after), **own.left_over(self.task, made)}
+        return Learned(self.released(updates, model), keeps)
 
-    def made(self, module: nn.Module, round_number: int, client: str, held: Arrays) -> Arrays:
-        """What a client trains on: what it holds, or what the task makes of that with ``module``.
+    def made(
+        self,
+        module: nn.Module,
+        round_number: int,
+        client: str,
+        held: Arrays,
+        kept: Tree | None = None,
+    ) -> Arrays:
+        """What a client trains on: what it holds, or what the task makes of that with ``module``
+        and of what it kept.
 
         Raises:
             InputError: the task makes nothing, or other than it declares.
@@ -191,7 +200,8 @@ class ClientRuntime:
         if self.task.collect is None:
             return held
         seed, rounds = self.run.run.seed, self.run.run.rounds
-        found = collected(self.task.collect, module, held, seed, round_number, rounds, client)
+        old = own.remembered(kept)
+        found = collected(self.task.collect, module, held, seed, round_number, rounds, client, old)
         if self.task.collects_apart and rows(found) != rows(held):
             raise InputError(
                 f"client '{client}', round {round_number}: the task made {rows(found)} examples "

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from umbel.client import own
 from umbel.core.errors import InputError, RunError, UmbelError
 from umbel.core.payloads import TrainPlan
 from umbel.datasets.federated import FederatedData
@@ -77,7 +78,7 @@ class RayDispatch:
     ) -> None:
         self._cluster, self._local, self._plan, self._announce = cluster, local, plan, announce
         self._here = greeting()
-        self._keeps = subject.rule.keeps
+        self._keeps = own.keeps(subject.rule, subject.task)
         self._said: set[str] = set()
         self._number = 0
         self._false_starts = 0
@@ -239,17 +240,16 @@ class RayDispatch:
             )
         if self._keeps and there.host != here.host:
             raise InputError(
-                f"the strategy has clients keep tensors, in a file on {here.host}, and a worker is "
-                f"on {there.host}",
+                f"clients keep tensors, in a file on {here.host}, and a worker is on {there.host}",
                 where=WHERE,
                 fix="use the workers of this machine alone (ray_address unset), or a strategy "
-                "without client state",
+                "and a task without client state",
             )
         others = [(n, theirs[n], mine[n]) for n in ("torch", "numpy") if theirs[n] != mine[n]]
         others += [("CPU", there.cpu, here.cpu)] if there.cpu != here.cpu else []
-        for what, other, own in others:
+        for what, other, mine_is in others:
             self._say(
-                f"{what} is {other} on node {there.host} and {own} here: the last bits of the "
+                f"{what} is {other} on node {there.host} and {mine_is} here: the last bits of the "
                 "result depend on where clients are trained"
             )
 

@@ -50,12 +50,12 @@ class Residents:
 
     def settled(self, plan: TrainPlan) -> TrainPlan:
         """The plan, with a place for what clients keep: of this object where nobody gave one."""
-        if plan.states is not None or not self.runtime.rule.keeps:
+        if plan.states is not None or not own.keeps(self.runtime.rule, self.runtime.task):
             return plan
         if self._states is None:
             self._folder = tempfile.TemporaryDirectory(prefix="umbel-clients-")
             path = Path(self._folder.name) / "clients.db"
-            self._states = ClientStates(path, self.runtime.run.strategy.name)
+            self._states = ClientStates(path, own.algorithm(self.runtime.run, self.runtime.task))
         return replace(plan, states=self._states)
 
     def train(self, plan: TrainPlan, client: str) -> Updates | Failure:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from umbel.client import own
 from umbel.client.state import GIB, ClientStates
 from umbel.core import registry
 from umbel.core.errors import InputError
@@ -33,6 +34,7 @@ from umbel.simulations.prepare import plan, prepare
 from umbel.simulations.secure import SecureFederation
 from umbel.strategies.parts import Strategy
 from umbel.tasks.begin import base_hash
+from umbel.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def simulate(
                 announce(note)
             _same_versions(entry.versions, announce)
         folder = store.folder / run_id
-        states = client_states(run, prepared.strategy, folder)
+        states = client_states(run, prepared.task, prepared.strategy, folder)
         status = conduct(
             store,
             run_id,
@@ -222,12 +224,14 @@ def _as_noisy(run: RunFile, stored: RunFile) -> RunFile:
     return run.model_copy(update={"privacy": run.privacy.model_copy(update=noise)})
 
 
-def client_states(run: RunFile, strategy: Strategy, folder: Path) -> ClientStates | None:
+def client_states(
+    run: RunFile, task: Task, strategy: Strategy, folder: Path
+) -> ClientStates | None:
     """Where the clients of a run keep what they keep, if they keep anything."""
-    if not strategy.client.keeps:
+    if not own.keeps(strategy.client, task):
         return None
     limit = int(run.client.state_gib * GIB)
-    return ClientStates(folder / "clients.db", run.strategy.name, limit=limit)
+    return ClientStates(folder / "clients.db", own.algorithm(run, task), limit=limit)
 
 
 def _same_base(base: str | None, entry: RunEntry) -> None:

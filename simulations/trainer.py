@@ -39,6 +39,7 @@ class _Lot(NamedTuple):
         rows: of ``columns``, of one client after another.
         offsets: (C,), where each client begins in ``rows``.
         sizes: (C,), how many each has.
+        kept: what each keeps of them, ``letter/name`` -> tensor; empty where nothing is.
     """
 
     places: chunks.Places
@@ -46,6 +47,7 @@ class _Lot(NamedTuple):
     rows: npt.NDArray[np.integer[Any]]
     offsets: chunks.Places
     sizes: chunks.Places
+    kept: Sequence[Tree] = ()
 
 
 class Trainer:
@@ -121,11 +123,13 @@ class Trainer:
         lot = self._lot(round_number, places, states)
         return self._work(round_number, lot, draws, shared, states, head)
 
-    def _made(self, module: nn.Module, round_number: int, place: int) -> Arrays:
+    def _made(
+        self, module: nn.Module, round_number: int, place: int, kept: Tree | None = None
+    ) -> Arrays:
         """What a client trains on, where its task makes that; with its model in ``module``."""
         data = self._residents.data
         held = data.train_part(place)
-        return self._runtime.made(module, round_number, data.names[place], held)
+        return self._runtime.made(module, round_number, data.names[place], held, kept)
 
     def _lot(self, round_number: int, places: chunks.Places, states: States | None) -> _Lot:
         data, runtime = self._residents.data, self._runtime
@@ -134,12 +138,13 @@ class Trainer:
             return _Lot(places, self.columns, index, offsets[places], _size(offsets, places))
         found = []
         for place in places.tolist():
-            client, module = data.names[place], self.module
+            client, module, kept = data.names[place], self.module, None
+            if states is not None and own.keeps(runtime.rule, runtime.task):
+                kept = states.get(round_number, [client])[0]
             if runtime.at_home:  # it is the client's own model that makes them
                 module = copy.deepcopy(module)
-                kept = None if states is None else states.get(round_number, [client])[0]
                 runtime.own(module, client, kept)
-            found.append(self._made(module, round_number, place))
+            found.append(self._made(module, round_number, place, kept))
         sizes = np.array([rows(made) for made in found])
         order = np.argsort(-sizes, kind="stable")
         columns = {
@@ -147,7 +152,9 @@ class Trainer:
             for name in found[0]
         }
         ends = np.cumsum(sizes[order])
-        return _Lot(places[order], columns, np.arange(ends[-1]), ends - sizes[order], sizes[order])
+        keeps = [own.left_over(runtime.task, found[i]) for i in order]
+        begins, sizes = ends - sizes[order], sizes[order]
+        return _Lot(places[order], columns, np.arange(ends[-1]), begins, sizes, keeps)
 
     def _work(
         self,
@@ -229,18 +236,14 @@ class Trainer:
         if around is None:
             tensors, totals = train(to_device(model.params, runtime.device))
             delta = _delta(model, tensors, len(places))
+            self._keep(plan, clients, lot)
         else:
             tensors, totals = train(around.anchor)
             examples = torch.from_numpy(sizes).to(runtime.device, torch.float32)
             assert around.steps is not None
             taken = own.Taken(around.steps, examples, self._losses(around, places))
             closed = together.closed(runtime, around, tensors, taken, lr)
-            if closed.kept and plan.states is not None:
-                row = {c: i for i, c in enumerate(clients) if closed.whole[i]}
-                plan.states.put(
-                    plan.round,
-                    {c: {n: t[i] for n, t in closed.kept.items()} for c, i in row.items()},
-                )
+            self._keep(plan, clients, lot, closed)
             # What is sent besides may be the very tensors that were trained.
             moved = _delta(model, {n: t.clone() for n, t in tensors.items()}, len(places))
             besides = {**closed.delta, **closed.uploads}
@@ -254,6 +257,24 @@ class Trainer:
             torch.from_numpy(sizes.astype(np.float64)),
             {name: total.cpu().double() / seen for name, total in totals.items()},
         )
+
+    def _keep(
+        self,
+        plan: TrainPlan,
+        clients: Sequence[str],
+        lot: _Lot,
+        closed: together.Closed | None = None,
+    ) -> None:
+        """Puts down what the clients of a chunk keep: of the rule, and of the task's examples."""
+        kept = {} if closed is None else closed.kept
+        if plan.states is None or not (kept or any(lot.kept)):
+            return
+        found = {}
+        for i, client in enumerate(clients):
+            examples = lot.kept[i] if lot.kept else {}
+            if (closed is None or closed.whole[i]) and own.is_finite(examples):
+                found[client] = {**{n: t[i] for n, t in kept.items()}, **examples}
+        plan.states.put(plan.round, found)
 
     def private_chunk(
         self,

@@ -7,6 +7,7 @@ round began with. What a client holds is then only what they are made from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,19 +21,24 @@ from umbel.core.errors import InputError
 Columns: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """As :data:`umbel.datasets.federated.Arrays`."""
 
+NOTHING: Columns = MappingProxyType({})
+
 
 class Moment(NamedTuple):
-    """When examples are made.
+    """When examples are made, and what is still there of earlier ones.
 
     Args:
         seed: of all that is drawn for this round and client; 0 … 2**63-1.
         round: 1 … rounds.
         rounds: of the run.
+        kept: what the client kept of the examples of its last round, as the task's ``keeps`` gave
+            it; empty: nothing yet.
     """
 
     seed: int
     round: int
     rounds: int
+    kept: Columns = NOTHING
 
 
 Collect: TypeAlias = Callable[[nn.Module, Columns, Moment], Columns]
@@ -49,6 +55,7 @@ def collected(
     round_number: int,
     rounds: int,
     client: str,
+    kept: Columns = NOTHING,
 ) -> Columns:
     """What a client trains on in a round; a function of the arguments alone.
 
@@ -60,6 +67,7 @@ def collected(
         round_number: 1 … rounds.
         rounds: of the run.
         client: its name.
+        kept: as in :class:`Moment`.
 
     Raises:
         InputError: nothing was made, or columns of different lengths.
@@ -71,7 +79,7 @@ def collected(
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=cards):
             torch.manual_seed(own)
-            made = collect(module, held, Moment(own, round_number, rounds))
+            made = collect(module, held, Moment(own, round_number, rounds, kept))
     finally:
         module.train(was_training)
     lengths = {name: len(column) for name, column in made.items()}

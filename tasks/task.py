@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from umbel.datasets.episodes import Episodes
-from umbel.tasks.collect import Collect
+from umbel.tasks.collect import Collect, Columns
 
 Batch: TypeAlias = Mapping[str, Tensor]
 """Columns of a data set, name -> (B, …)."""
@@ -47,6 +47,9 @@ class Task(NamedTuple):
             given; ``None``: what the client holds are the examples. ``test`` measures what is held.
         collects_apart: whether the i-th of these is made from the i-th that is held, and from no
             other: then a bound on one's gradient bounds the influence of what is held as well.
+        keeps: the examples that a round was trained on -> what the client keeps of them for its
+            next round, where ``collect`` finds it in the moment; a function of these alone, never
+            sent; ``None``: nothing.
         around: what is put around the model once it has begun, from earlier runs and with its
             adapter, such as a frozen copy beside it; ``None``: nothing.
     """
@@ -67,4 +70,5 @@ class Task(NamedTuple):
     remark: Callable[[Mapping[str, float]], str] = no_remark
     collect: Collect | None = None
     collects_apart: bool = False
+    keeps: Callable[[Columns], Columns] | None = None
     around: Callable[[nn.Module], nn.Module] | None = None

@@ -150,12 +150,14 @@ def _kept(
     request: Request, context: Context, runtime: ClientRuntime, site: Site
 ) -> tuple[ClientStates | None, Tree | None]:
     """Where the client keeps what it keeps, and what it has of it before the round."""
-    if not runtime.rule.keeps:
+    from umbel.client import own
+
+    if not own.keeps(runtime.rule, runtime.task):
         return None, None
     with _stage("state"):
         from umbel.client.flower.kept import states
 
-        store = states(request, context)
+        store = states(request, context, own.algorithm(request.run, runtime.task))
         if "client" in context.node_config:  # a server of sites commits every round
             store.settle(request.round - 1)
         return store, store.get(request.round, [site.name])[0]

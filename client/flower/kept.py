@@ -18,10 +18,15 @@ FOLDER = "UMBEL_CLIENT_STATE"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def states(request: Request, context: Context) -> ClientStates:
+def states(request: Request, context: Context, algorithm: str) -> ClientStates:
     """The client's store for the run of ``request``: ``<folder>/<run id>/clients.db``.
 
     A server says which run it is and not where: the folder is the site's own.
+
+    Args:
+        request: of the server.
+        context: of the node.
+        algorithm: whose tensors they are.
 
     Raises:
         InputError: the node was given no folder, or the run's id is not a name.
@@ -41,11 +46,10 @@ def states(request: Request, context: Context) -> ClientStates:
         folder = Path(os.environ[FOLDER])
     else:
         raise InputError(
-            f"strategy '{request.run.strategy.name}' keeps tensors at the client, and the node has "
-            "no folder for them",
+            f"'{algorithm}' keeps tensors at the client, and the node has no folder for them",
             where="node config",
             fix="start the node with --node-config 'state=\"/path/of/a/folder\"'",
         )
     limit = int(request.run.client.state_gib * GIB)
     path = folder / request.run_id / "clients.db"
-    return ClientStates(path, request.run.strategy.name, limit=limit, durable=True)
+    return ClientStates(path, algorithm, limit=limit, durable=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from umbel.core.run_file import Part
-from umbel.core.settings import Count, Fraction, NonNegative, Share
+from umbel.core.settings import Count, Fraction, Natural, NonNegative, Share
 from umbel.datasets.federated import Info
 from umbel.datasets.worlds.world import Floats
 from umbel.tasks.collect import Columns, Moment
@@ -30,12 +30,14 @@ def dqn(
     epsilon: Fraction = 0.4,
     alpha: NonNegative = 7.0,
     double: bool = True,
+    memory: Natural = 0,
 ) -> Task:
     """Acting in environments, by a network of what each action is worth: DQN, double or not.
 
     The target network is the model that the round began with; the replay memory is what was
-    collected in the round, drawn in batches for ``[client] local_epochs`` (Mnih et al. 2015,
-    Algorithm 1; van Hasselt, Guez and Silver 2016, equation 4).
+    collected in the round and what is left of earlier ones, drawn in batches for ``[client]
+    local_epochs`` or ``local_steps`` (Mnih et al. 2015, Algorithm 1; van Hasselt, Guez and Silver
+    2016, equation 4).
 
     Args:
         info: of the data: rows are parameters of environments.
@@ -49,6 +51,7 @@ def dqn(
         alpha: in the last copy it is epsilon to the power 1 + alpha, evenly in between, so that
             some always see what goes wrong (Horgan et al. 2018, section 4, arXiv:1803.00933).
         double: the model in training chooses what the target network is asked about.
+        memory: steps that a client keeps from round to round, the latest; never sent. 0: none.
     """
     where = played(info, environment, size, copies)
     unit = scale(gamma)
@@ -59,8 +62,13 @@ def dqn(
         stray = np.tile(strays, len(held))
         came = play(world, count, lambda x: greedy_but(outputs(module, x), stray, dice), steps)
         found = transitions(came)
+        if moment.kept:
+            found = {n: np.concatenate([moment.kept[n], new]) for n, new in found.items()}
         found["target"] = outputs(module, found["following"]).astype(np.float32)
         return found
+
+    def keeps(made: Columns) -> Columns:
+        return {n: column[-memory:] for n, column in made.items() if n != "target"}
 
     def losses(forward: Forward, batch: Batch) -> Tensor:
         after = batch["target"]
@@ -71,4 +79,5 @@ def dqn(
         return F.smooth_l1_loss(value, target, reduction="none")
 
     build = builder(model, where.info, where.kind.actions)
-    return task(build, losses, where, lambda out: out, collect)
+    made = task(build, losses, where, lambda out: out, collect)
+    return made._replace(keeps=keeps) if memory else made

@@ -99,7 +99,7 @@ def test_a_moment_is_of_its_round_and_client() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert made[0] == made[3]
     assert len(set(made)) == 3, made
-    assert seen[1][1:] == (2, 9)
+    assert seen[1][1:] == (2, 9, {})
 
 
 def test_engines_make_the_same_examples_and_train_alike(tmp_path: Path) -> None:
