@@ -134,6 +134,9 @@ def schedules(
     total = np.asarray(steps_of(sizes, batch_size, epochs, steps))
     passes = -(-total // a_pass)
 
+    if len(sizes) and np.ptp(sizes) == 0 and total[0] * width[0] <= sizes[0]:
+        return _even(seed, round_number, clients, sizes, int(total[0]), int(width[0]))
+
     # One permutation for each pass of each client, clients one after another.
     owner = np.repeat(np.arange(len(sizes)), passes)
     first = np.cumsum(passes) - passes
@@ -151,3 +154,13 @@ def schedules(
     column = start[:, :, None] + np.where(inside, place, 0)
     index = orders[row[:, :, None], np.where(running[:, :, None], column, 0)]
     return Padded(np.where(running[:, :, None], index, 0), counts)
+
+
+def _even(
+    seed: int, round_number: int, clients: Sequence[str], sizes: Index, steps: int, width: int
+) -> Padded:
+    """:func:`schedules` of clients of one size, for no more full batches than a pass has."""
+    keys = randomness.client_keys(seed, "batches", round_number, clients)
+    orders = randomness.permutations(randomness.mix(keys, 0), sizes)[:, : steps * width]
+    rows = orders.reshape(len(clients), steps, width).swapaxes(0, 1)
+    return Padded(np.ascontiguousarray(rows), np.full((steps, len(clients)), width))

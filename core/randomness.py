@@ -65,7 +65,8 @@ def permutations(streams: U64, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.i
     width = int(sizes.max(initial=0))
     counters = np.arange(width, dtype=np.uint64)
     hashes = mix(streams[:, None], counters[None, :])
-    hashes[np.arange(width)[None, :] >= sizes[:, None]] = _LAST
+    if sizes.min(initial=width) < width:
+        hashes[np.arange(width)[None, :] >= sizes[:, None]] = _LAST
     return np.argsort(hashes, axis=1, kind="stable")
 
 

@@ -63,6 +63,8 @@ def sample(clients: Sequence[str], section: Strategy, seed: int, round_number: i
     federation, unless the cohort is a large part of it.
     """
     size, total = cohort_size(section, len(clients)), asked_at_most(section, len(clients))
+    if size == len(clients):
+        return list(clients)
     places = distinct(randomness.key(seed, "cohort", round_number), total, len(clients))
     return [clients[i] for part in (places[:size], places[size:]) for i in sorted(part)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,9 +81,7 @@ def weighted_mean() -> Combiner:
         for name, total in sums.delta.items():
             stack = updates.delta[name].to(total.device)
             if total.numel() <= SMALL and total.device.type == "cpu":
-                weighted = stack.double() * updates.weights.view(-1, *[1] * total.dim())
-                # A running sum adds one after another; a sum might add in pairs.
-                total.copy_(torch.cat([total[None], weighted]).cumsum(0)[-1])
+                total.copy_(_running(total, stack, updates.weights))
             else:
                 for row, weight in zip(stack, weights, strict=True):
                     total.add_(row.double(), alpha=weight)
@@ -98,3 +97,12 @@ def weighted_mean() -> Combiner:
         return Combined(delta, sums.weight, sums.clients)
 
     return Combiner(zero, add, merge, finish)
+
+
+def _running(total: Tensor, stack: Tensor, weights: Tensor) -> Tensor:
+    """``total`` (*shape) plus the rows of ``stack`` (n, *shape) by weight, one after another."""
+    rows = stack.reshape(len(stack), -1).double() * weights[:, None]
+    rows[0] += total.flatten()
+    # NumPy adds row to row, but a single column, which is contiguous, in pairs; Torch does always.
+    found = rows.cumsum(0)[-1] if rows.shape[1] == 1 else np.add.reduce(rows.numpy(), axis=0)
+    return torch.as_tensor(found).view_as(total)

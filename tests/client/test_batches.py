@@ -11,7 +11,10 @@ from umbel.client.batches import schedule, schedules, steps_of
 
 
 @given(
-    sizes=st.lists(st.integers(1, 23), min_size=1, max_size=7),
+    sizes=st.one_of(
+        st.lists(st.integers(1, 23), min_size=1, max_size=7),
+        st.tuples(st.integers(1, 7), st.integers(1, 23)).map(lambda many: many[0] * [many[1]]),
+    ),
     batch_size=st.one_of(st.just("full"), st.integers(1, 9)),
     length=st.one_of(
         st.tuples(st.integers(1, 4), st.none()), st.tuples(st.none(), st.integers(1, 11))
