@@ -15,7 +15,7 @@ from umbel.core.errors import RunError
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, Tree, flatten, unflatten
 from umbel.strategies.parts import ClientRule, Delivered, Ended, Local, Trees
-from umbel.strategies.parts.rule import joined, model_part
+from umbel.strategies.parts.rule import NAMED, joined, model_part
 from umbel.strategies.parts.strategy import private_names
 from umbel.tasks.collect import Columns
 from umbel.tasks.task import Task
@@ -61,6 +61,11 @@ def first(rule: ClientRule, model: Model) -> dict[str, Tree]:
     if private := private_names(rule, model):
         state[PRIVATE] = {n: t for n, t in model.tensors().items() if n in private}
     return state
+
+
+def told(rule: ClientRule, client: str) -> dict[str, Tree]:
+    """What a client knows of itself, besides what it kept."""
+    return {} if rule.named is None else {NAMED: rule.named(client)}
 
 
 def restored(kept: Tree | None, fresh: Trees, client: str) -> Trees:
@@ -137,7 +142,9 @@ def end(
     delivered = Delivered() if rule.end is None else rule.end(ended)
     if unknown := sorted(delivered.own.keys() - own.keys()):
         raise ValueError(f"the rule keeps '{unknown[0]}', of which its state knows nothing")
-    kept = {letter: delivered.own.get(letter, own[letter]) for letter in local.own}
+    kept = {
+        letter: delivered.own.get(letter, own[letter]) for letter in local.own if letter != NAMED
+    }
     return Left(delivered.delta or {}, flatten(delivered.uploads), kept)
 
 

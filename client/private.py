@@ -202,6 +202,7 @@ PARAMETERS_ALONE = frozenset(
         "loss_terms",
         "grad_transforms",
         "state",
+        "named",
         "begin",
         "end",
         "private",

@@ -213,15 +213,16 @@ class ClientRuntime:
 
     def own(self, module: nn.Module, client: str, kept: Tree | None) -> Trees:
         """What a client has at the start of a round; its private tensors go into ``module``."""
+        told = {letter: self._here(tree) for letter, tree in own.told(self.rule, client).items()}
         if not self.rule.keeps:
-            return NONE
+            return told
         model = model_of(module)
         whole = Model(map_tree(torch.clone, model.params), map_tree(torch.clone, model.buffers))
         found = own.restored(kept, own.first(self.rule, whole), client)
         found = {letter: self._here(tree) for letter, tree in found.items()}
         for name, tensor in found.get(own.PRIVATE, {}).items():
             model.tensors()[name].copy_(tensor)
-        return found
+        return {**found, **told}
 
     def _here(self, tree: Tree) -> dict[str, Tensor]:
         return map_tree(lambda t: t.to(self.device), tree)

@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,8 @@ def _type(hint: Any, bounds: typing.Sequence[Any] = ()) -> str:
             words.append(" ".join([WORDS[plain], " and ".join(shown)]).strip())
         elif plain is Any:
             words.append("anything")
+        elif typing.get_origin(plain) in (Mapping, dict):
+            words.append(f"table of {_type(typing.get_args(plain)[1])}")
         else:
             inner = [part for part in typing.get_args(plain) if part is not ...]
             words.append(f"list of {_type(inner[0])}" if inner else "list")

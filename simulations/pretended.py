@@ -31,7 +31,8 @@ def one(runtime: ClientRuntime, module: nn.Module, shared: Trees) -> Local:
     def cast(tree: Tree) -> dict[str, Tensor]:
         return map_tree(lambda t: t.to(precision) if t.is_floating_point() else t, tree)
 
-    mine = {letter: cast(tree) for letter, tree in own.first(runtime.rule, copied).items()}
+    first = {**own.first(runtime.rule, copied), **own.told(runtime.rule, "")}
+    mine = {letter: cast(tree) for letter, tree in first.items()}
     broadcast = {letter: cast(tree) for letter, tree in shared.items()}
     rule = runtime.rule
     if mine.keys() >= set(rule.joint):  # else where training starts says what is trained along

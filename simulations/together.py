@@ -13,7 +13,6 @@ from umbel.client.training import ClientRuntime
 from umbel.core.trees import Model, Tree, flatten, map_tree, to_device, unflatten
 from umbel.simulations.kernels.around import Around
 from umbel.strategies.parts import ClientRule, Trees
-from umbel.strategies.parts.rule import NONE
 
 
 def needed(rule: ClientRule, shared: Tree) -> bool:
@@ -45,7 +44,10 @@ def opened(
     """
     rule, device = runtime.rule, runtime.device
     whole = Model(to_device(model.params, device), to_device(model.buffers, device))
-    mine = _stacks(own.first(rule, whole), clients, kept, device) if rule.keeps else NONE
+    mine = _stacks(own.first(rule, whole), clients, kept, device) if rule.keeps else {}
+    told = [own.told(rule, client) for client in clients]
+    for letter, tree in told[0].items():
+        mine[letter] = {n: torch.stack([t[letter][n] for t in told]).to(device) for n in tree}
     private = mine.get(own.PRIVATE, {})
     apart = frozenset(private) & whole.params.keys()
     around = Around(

@@ -16,17 +16,26 @@ from umbel.strategies.parts.low_rank import (
     uniform,
     with_products,
 )
+from umbel.strategies.parts.ranks import Ranks, check_ranks, with_ranks
 
 
-def flora() -> Strategy:
+def flora(*, ranks: Ranks | None = None) -> Strategy:
     """FLoRA. Wang et al. 2024, equation 8 and Algorithm 1 (arXiv:2409.05976).
 
     Stacked factors are a sum of products: the residual of each layer takes the exact mean of the
     clients' ``B A``, after which B is 0 and A is drawn anew, a function of the round. It needs
     ``adapter = { kind = "lora", residual = true }``, and a layer's residual is as large on the wire
     as the layer.
+
+    Args:
+        ranks: of the clients' adapters, where not all have the model's: a list, of which each
+            client has one by its name, or a table of names.
     """
     plain = fedavg()
+
+    def init(params: Tree) -> ServerState:
+        check_ranks(ranks, params)
+        return {"done": torch.zeros(())}
 
     def server(params: Tree, state: ServerState, mean: Combined) -> tuple[Tree, ServerState]:
         stepped = dict(plain.server(params, {}, mean)[0])
@@ -42,7 +51,8 @@ def flora() -> Strategy:
         return moved(model, steps, "flora")
 
     return plain._replace(
-        init=lambda params: {"done": torch.zeros(())},
+        init=init,
+        client=with_ranks(plain.client, ranks),
         combine=with_products(),
         server=server,
         buffers=buffers,

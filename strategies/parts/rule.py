@@ -17,6 +17,9 @@ Trees: TypeAlias = Mapping[str, Tree]
 
 NONE: Trees = MappingProxyType({})
 
+NAMED = "named"
+"""The letter under which a part reads what a client is told of itself."""
+
 
 class Local(NamedTuple):
     """What a part may read during a client's local training.
@@ -119,6 +122,8 @@ class ClientRule(NamedTuple):
         loss_terms: added to the mean loss of a batch.
         grad_transforms: applied to its gradient, in this order.
         state: parameters -> what a client keeps before its first round.
+        named: a client's name -> what it is told of itself, name -> scalar, in ``own`` under the
+            letter ``named``; neither kept nor sent. ``None``: nothing.
         begin: (anchor, shared, own) -> parameters that training starts from; ``None``: the anchor.
         end: what is sent and kept after training.
         private: the names of the model's tensors, in its order -> those that never travel. Training
@@ -140,6 +145,7 @@ class ClientRule(NamedTuple):
     loss_terms: tuple[LossTerm, ...] = ()
     grad_transforms: tuple[GradTransform, ...] = ()
     state: Callable[[Tree], Trees] | None = None
+    named: Callable[[str], Tree] | None = None
     begin: Callable[[Tree, Trees, Trees], Tree] | None = None
     end: Callable[[Ended], Delivered] | None = None
     private: Callable[[Sequence[str]], Collection[str]] | None = None
