@@ -81,7 +81,7 @@ class Guard:
         self._name = folder.settings().name
         self._local_time = local_time
         self._nonces: dict[str, float] = {}
-        self._rounds: Counter[tuple[str, str, str]] = Counter()
+        self._rounds: Counter[tuple[str, str, str, str]] = Counter()
         for entry in read(folder.audit_file):
             if entry["event"] == ACCEPTED:
                 self._remember(entry)
@@ -165,6 +165,8 @@ class Guard:
                 "maximum_bytes", f"{size} bytes, at most {policy.limits.maximum_bytes}"
             )
         request = messages.read_request(records.get(MANIFEST, {}).get(MANIFEST))
+        if request.stage is not None:
+            facts |= {"stage": request.stage.number + 1, "question": request.stage.question}
         if opened.kind != HELLO and str(request.round) != opened.group:
             raise BrokenSealError(f"it is sealed for round {opened.group}, not {request.round}")
         run = request.run
@@ -174,7 +176,7 @@ class Guard:
         check_round(
             policy,
             opened.asked,
-            self._rounds[opened.job, opened.group, opened.kind],
+            self._rounds[opened.job, opened.group, opened.kind, _question(facts)],
             self._local_time(),
             trains=opened.kind in COUNTED,
         )
@@ -188,7 +190,12 @@ class Guard:
             self._nonces = {
                 n: ends for n, ends in self._nonces.items() if ends + seal.CLOCK_SKEW > now
             }
-        self._rounds[facts["job"], facts["round"], facts["kind"]] += 1
+        self._rounds[facts["job"], facts["round"], facts["kind"], _question(facts)] += 1
+
+
+def _question(facts: dict[str, Any]) -> str:
+    """What was asked, where a round of stages has several questions; each may be repeated."""
+    return str(facts.get("question", ""))
 
 
 def _accepted(opened: Seal, policy: Policy) -> Accepted:

@@ -30,6 +30,7 @@ POLICY = """\
 # strategies = ["fedavg", "fedprox"]
 # datasets = ["npz", "csv"]
 # models = ["logistic", "mlp"]
+# defences = ["naive", "replay"]  # of runs over experiences; []: no such runs
 # Code of your own that a run may name, "my_package.module:object": none unless it stands here.
 own_parts = []
 
@@ -60,6 +61,7 @@ class Allow(Settings):
     strategies: tuple[str, ...] | None = Field(None, strict=False)
     datasets: tuple[str, ...] | None = Field(None, strict=False)
     models: tuple[str, ...] | None = Field(None, strict=False)
+    defences: tuple[str, ...] | None = Field(None, strict=False)
     own_parts: tuple[str, ...] = Field((), strict=False)
 
 
@@ -143,6 +145,9 @@ def check_run(policy: Policy, run: RunFile) -> None:
         ("models", name, allow.models),
     ):
         _listed(rule, found, allowed)
+    defence = run.continual.defence
+    if run.continual.experiences > 1:
+        _listed("defences", defence if isinstance(defence, str) else defence.name, allow.defences)
     for part in [*run.own_parts(), *run.files()]:
         if part not in allow.own_parts:
             raise PolicyError(

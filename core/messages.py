@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import pydantic
 
 from umbel.core import run_file
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile
-from umbel.core.settings import Natural, Settings
+from umbel.core.settings import Natural, Settings, parse
 
 VERSION = 1
 
 # Message types, as Flower routes them.
-HELLO, TRAIN, EVALUATE = "query.hello", "train", "evaluate"
+HELLO, STAGES, TRAIN, EVALUATE = "query.hello", "query.stages", "train", "evaluate"
 
 # The records of a message, and the one value that each holds.
 MANIFEST, MODEL = "manifest", "model"
@@ -58,6 +58,43 @@ PROBLEMS = {
 """Code -> what it says of a client."""
 
 
+Question: TypeAlias = Literal["train", "importance", "prototypes", "joint"]
+"""What clients are asked in a stage of a run over experiences: to train on it; how much each
+parameter counts, when they leave an experience; the sums of their classes' features; to train on
+all their experiences at once, as if there were no stages."""
+
+QUESTIONS: tuple[Question, ...] = get_args(Question)
+
+AFTER, MEANS = "after-", "means"
+"""Letters of what is sent beside a model: those that stages ended with, ``after-1/<name>`` …, and
+the class means that it is evaluated by."""
+
+
+class Stage(Settings):
+    """Where a client is in a run over experiences, and what it is asked there.
+
+    Which of its examples belong to an experience follows from the run file and from the examples,
+    and is never told.
+
+    Args:
+        number: from 0.
+        question: what it is asked.
+        order: the experience that it is in at each stage.
+        seen: which classes anybody has met by the end of this stage.
+    """
+
+    number: Natural
+    question: Question
+    order: tuple[Natural, ...] = pydantic.Field(strict=False)
+    seen: tuple[bool, ...] = pydantic.Field(strict=False)
+
+    @pydantic.model_validator(mode="after")
+    def _within(self) -> Stage:
+        if self.number >= len(self.order):
+            raise ValueError(f"stage {self.number + 1} of {len(self.order)}")
+        return self
+
+
 class Request(NamedTuple):
     """What a client is asked.
 
@@ -68,6 +105,7 @@ class Request(NamedTuple):
         run_id: under which it keeps what it keeps from round to round.
         base: hash of the parameters that nobody trains or sends, of the server's model; ``None``:
             there are none, or this is the greeting.
+        stage: in a run over experiences; ``None``: there are none, or this is the greeting.
     """
 
     run: RunFile
@@ -75,6 +113,7 @@ class Request(NamedTuple):
     client: str
     run_id: str = ""
     base: str | None = None
+    stage: Stage | None = None
 
 
 class _Reply(Settings):
@@ -97,6 +136,13 @@ class Hello(_Reply):
     info: dict[str, Any]
     versions: dict[str, str | None]
     hardware: dict[str, str] = pydantic.Field(default_factory=dict)
+
+
+class Stages(_Reply):
+    """How many examples a client would answer each question with, stage after stage; 0: it would
+    not be asked."""
+
+    examples: dict[Question, Annotated[tuple[Natural, ...], pydantic.Field(strict=False)]]
 
 
 class Answer(_Reply):
@@ -162,7 +208,7 @@ def read_frames(document: bytes) -> list[bytes]:
     return frames
 
 
-R = TypeVar("R", Hello, Answer)
+R = TypeVar("R", Hello, Stages, Answer)
 
 
 def write_run(run: RunFile) -> dict[str, Any]:
@@ -176,6 +222,7 @@ def write_request(
     client: str,
     run_id: str = "",
     base: str | None = None,
+    stage: Stage | None = None,
 ) -> str:
     """A request; ``tables`` are :func:`write_run`'s."""
     return _json(
@@ -186,6 +233,7 @@ def write_request(
             "client": client,
             "run_id": run_id,
             "base": base,
+            "stage": None if stage is None else stage.model_dump(mode="json"),
         }
     )
 
@@ -205,10 +253,12 @@ def read_request(text: object) -> Request:
         )
     run = run_file.resolve(table.get("run") or {}, "server's message")
     run_id, base = str(table.get("run_id", "")), table.get("base")
-    return Request(run, int(table["round"]), str(table["client"]), run_id, base)
+    given = table.get("stage")
+    stage = None if given is None else parse(Stage, given, "server's message")
+    return Request(run, int(table["round"]), str(table["client"]), run_id, base, stage)
 
 
-def write_reply(reply: Hello | Answer | Problem) -> str:
+def write_reply(reply: Hello | Stages | Answer | Problem) -> str:
     """A reply as text."""
     return _json(reply.model_dump(mode="json"))
 

@@ -133,7 +133,7 @@ class Failure:
 class EvaluatePlan:
     """One evaluation of ``model`` on the clients' own test parts, after ``round``.
 
-    ``run_id`` and ``states`` are those of :class:`TrainPlan`.
+    ``run_id``, ``states`` and ``shared`` are those of :class:`TrainPlan`.
     """
 
     round: int
@@ -142,6 +142,7 @@ class EvaluatePlan:
     deadline: float | None = None
     run_id: str = ""
     states: States | None = None
+    shared: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from umbel.core.errors import InputError
 from umbel.core.randomness import client_keys, key, permutation
 from umbel.core.run_file import Continual
-from umbel.datasets.federated import Arrays, FederatedData, Holdings, rows
+from umbel.datasets.federated import Arrays, FederatedData, Holdings, Info, rows
 
 Whole = npt.NDArray[np.int64]
 
@@ -22,21 +22,18 @@ WHERE = "[continual]"
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Experiences 0 … count-1, and when clients meet them.
+class Timetable:
+    """Experiences 0 … count-1, and when clients meet them: known without a look at any data.
 
     Args:
-        data: the examples, their inputs as their experience has them. Test parts have a column
-            ``experience``, (rows,) int64.
         count: of experiences.
-        of_row: (training rows,), the experience of each.
-        of_class: (classes,), the same of each class; ``None`` where all have all classes.
+        classes: of the data set; 0: it has none.
+        of_class: (classes,), the experience of each class; ``None`` where all have all classes.
         order: (clients, stages), what each client meets in each stage.
     """
 
-    data: FederatedData
     count: int
-    of_row: Whole
+    classes: int
     of_class: Whole | None
     order: Whole
 
@@ -44,16 +41,6 @@ class Stream:
     def stages(self) -> int:
         """How many stages there are: as many as experiences, unless some clients are behind."""
         return int(self.order.shape[1])
-
-    def of(self, place: int, experience: int) -> npt.NDArray[np.int32]:
-        """The training rows of an experience that the client at ``place`` has."""
-        held = self.data.train_holdings.of_client(place)
-        rows: npt.NDArray[np.int32] = held[self.of_row[held] == experience]
-        return rows
-
-    def met(self, place: int, stage: int) -> npt.NDArray[np.int32]:
-        """The training rows that the client at ``place`` meets in ``stage``."""
-        return self.of(place, int(self.order[place, stage]))
 
     def earlier(self, place: int, stage: int) -> dict[int, int]:
         """The experiences that the client at ``place`` has left before ``stage``, in the order in
@@ -74,26 +61,49 @@ class Stream:
         return first
 
     def seen(self, stage: int) -> npt.NDArray[np.bool_]:
-        """(classes,), which of them anybody has met by the end of ``stage``."""
-        classes = self.data.info.classes or 0
+        """(classes,), which of them anybody has met by the end of ``stage``; none before 0."""
+        if stage < 0:
+            return np.zeros(self.classes, dtype=np.bool_)
         if self.of_class is None:
-            return np.ones(classes, dtype=np.bool_)
+            return np.ones(self.classes, dtype=np.bool_)
         return np.isin(self.of_class, self.order[:, : stage + 1])
 
 
-def stream(data: FederatedData, section: Continual, seed: int) -> Stream:
-    """The experiences that ``[continual]`` asks for.
+@dataclass(frozen=True)
+class Stream:
+    """A data set in stages.
 
-    Classes go to experiences in their order, as evenly as they can, and so do a column's values. Of
-    domains, the first has the inputs as they are; every example is in one of them, drawn from the
-    seed.
+    Args:
+        data: the examples, their inputs as their experience has them. Test parts have a column
+            ``experience``, (rows,) int64.
+        times: when clients meet the experiences.
+        of_row: (training rows,), the experience of each.
+    """
+
+    data: FederatedData
+    times: Timetable
+    of_row: Whole
+
+    def of(self, place: int, experience: int) -> npt.NDArray[np.int32]:
+        """The training rows of an experience that the client at ``place`` has."""
+        held = self.data.train_holdings.of_client(place)
+        rows: npt.NDArray[np.int32] = held[self.of_row[held] == experience]
+        return rows
+
+    def met(self, place: int, stage: int) -> npt.NDArray[np.int32]:
+        """The training rows that the client at ``place`` meets in ``stage``."""
+        return self.of(place, int(self.times.order[place, stage]))
+
+
+def timetable(info: Info, names: Sequence[str], section: Continual, seed: int) -> Timetable:
+    """When the clients of these names meet the experiences that ``[continual]`` asks for.
+
+    Classes go to experiences in their order, as evenly as they can.
 
     Raises:
-        InputError: fewer classes than experiences, no classes, inputs that cannot be rotated, no
-            such column, or fewer values in it than experiences.
+        InputError: fewer classes than experiences, or none; inputs that cannot be rotated.
     """
-    count, info = section.experiences, data.info
-    of_class = None
+    count, of_class = section.experiences, None
     if section.by == "class":
         if info.classes is None or info.classes < count:
             raise InputError(
@@ -109,7 +119,41 @@ def stream(data: FederatedData, section: Continual, seed: int) -> Stream:
             where=WHERE,
             fix="by = 'permutation'",
         )
+    places = np.arange(count, dtype=np.int64)
+    order = np.tile(places, (len(names), 1))
+    if section.order == "shuffled":
+        keys = client_keys(seed, "order of experiences", 0, names)
+        order = np.stack([permutation(k, count) for k in keys])
+    elif section.order == "staggered":
+        stages, clients = count + section.lag, len(names)
+        behind = permutation(key(seed, "order of experiences"), clients)
+        behind = behind * (section.lag + 1) // clients
+        order = np.clip(np.arange(stages)[None, :] - behind[:, None], 0, count - 1)
+    return Timetable(count, info.classes or 0, of_class, order)
 
+
+def stream(
+    data: FederatedData, section: Continual, seed: int, order: Whole | None = None
+) -> Stream:
+    """The experiences that ``[continual]`` asks for.
+
+    Classes go to experiences in their order, as evenly as they can, and so do a column's values. Of
+    domains, the first has the inputs as they are; every example is in one of them, drawn from the
+    seed.
+
+    Args:
+        data: the examples.
+        section: how they are dealt.
+        seed: of the run.
+        order: (clients, stages), when clients meet them, where somebody else says so; ``None``: as
+            ``section`` does.
+
+    Raises:
+        InputError: as :func:`timetable`; no such column, or fewer values in it than experiences.
+    """
+    times = timetable(data.info, data.names, section, seed)
+    times = times if order is None else replace(times, order=order)
+    count, of_class = times.count, times.of_class
     values = _values(data, section) if section.column is not None else None
 
     def whole(part: str, arrays: Arrays) -> Whole:
@@ -127,23 +171,13 @@ def stream(data: FederatedData, section: Continual, seed: int) -> Stream:
         return {**_shifted(arrays, at, section, seed), "experience": at}
 
     of_row = whole("train", data.train)
-    places = np.arange(count, dtype=np.int64)
-    order = np.tile(places, (len(data.names), 1))
-    if section.order == "shuffled":
-        keys = client_keys(seed, "order of experiences", 0, data.names)
-        order = np.stack([permutation(k, count) for k in keys])
-    elif section.order == "staggered":
-        stages, clients = count + section.lag, len(data.names)
-        behind = permutation(key(seed, "order of experiences"), clients)
-        behind = behind * (section.lag + 1) // clients
-        order = np.clip(np.arange(stages)[None, :] - behind[:, None], 0, count - 1)
     dealt = replace(
         data,
         train=_shifted(data.train, of_row, section, seed),
         test=staged("test", data.test),
         client_test=staged("client test", data.client_test),
     )
-    return Stream(dealt, count, of_row, of_class, order)
+    return Stream(dealt, times, of_row)
 
 
 def of_stage(
@@ -170,7 +204,7 @@ def of_stage(
 
 
 def _values(data: FederatedData, section: Continual) -> npt.NDArray[np.integer[Any]]:
-    """The values of the column, in order."""
+    """The values of the column, in order: those that the run file lists, or all there are."""
     name, columns = section.column or "", sorted(data.train.keys() - {"x", "y"})
     column = data.train.get(name)
     if column is None or name in ("x", "y"):
@@ -185,7 +219,8 @@ def _values(data: FederatedData, section: Continual) -> npt.NDArray[np.integer[A
             where=WHERE,
             fix="one whole number an example",
         )
-    values: npt.NDArray[np.integer[Any]] = np.unique(column)
+    listed = section.values
+    values: npt.NDArray[np.integer[Any]] = np.unique(column if listed is None else listed)
     if len(values) < section.experiences:
         raise InputError(
             f"experiences = {section.experiences}, and column '{name}' has {len(values)} values",
@@ -206,9 +241,10 @@ def _of_value(arrays: Arrays, name: str, values: npt.NDArray[np.integer[Any]], p
     unknown = np.setdiff1d(arrays[name], values)
     if len(unknown):
         raise InputError(
-            f"value {unknown[0]} of column '{name}' is in the {part} part only",
+            f"value {unknown[0]} of column '{name}' is in the {part} part, and no experience is "
+            "made of it",
             where=WHERE,
-            fix="test examples of the values that are trained on",
+            fix="examples of the values that are trained on, or name it among values",
         )
     return np.searchsorted(values, arrays[name]).astype(np.int64)
 

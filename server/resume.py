@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile
+from umbel.server.entries import RunEntry
 
 
 def same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
@@ -39,3 +40,17 @@ def same_run(given: RunFile, stored: RunFile, run_id: str) -> None:
                     where=f"--resume {run_id}",
                     fix="resume with the stored configuration (leave the run file out)",
                 )
+
+
+def same_stages(run: RunFile, entry: RunEntry) -> None:
+    """Passes if the run goes on with experiences of the length that they had.
+
+    Raises:
+        InputError: it does not.
+    """
+    if run.continual.experiences > 1 and run.run.rounds != entry.run.run.rounds:
+        raise InputError(
+            "rounds differ from the stored run, and they are those of its experiences",
+            where=f"--resume {entry.run_id}",
+            fix=f"set rounds = {entry.run.run.rounds}",
+        )

@@ -21,16 +21,17 @@ from umbel.core.versions import versions
 from umbel.privacy.sources import seeded_sources
 from umbel.server.conduct import conduct, never
 from umbel.server.continual import keep_report
+from umbel.server.course import Course
 from umbel.server.entries import RunEntry
 from umbel.server.evaluation import evaluation
 from umbel.server.records import RoundRecord
-from umbel.server.resume import same_run
+from umbel.server.resume import same_run, same_stages
 from umbel.server.stopping import Until
 from umbel.server.store import RunStore
 from umbel.simulations.attacks.build import besiege
-from umbel.simulations.continual import Course
+from umbel.simulations.continual import course as course_of
 from umbel.simulations.located import located
-from umbel.simulations.prepare import plan, prepare
+from umbel.simulations.prepare import Prepared, plan, prepare
 from umbel.simulations.secure import SecureFederation
 from umbel.strategies.parts import Strategy
 from umbel.tasks.begin import base_hash
@@ -128,12 +129,12 @@ def simulate(
         same_run(run, entry.run, resume)
         _same_base(base, entry)
         run = _as_it_computed(run, entry)
-        _same_stages(run, entry)
+        same_stages(run, entry)
     siege = besiege(run, prepared.data, prepared.task, prepared.strategy)
     course: Course | None = None
     if run.continual.experiences > 1:
-        course = Course(prepared, engine, announce)
-        prepared = course.prepared
+        course = course_of(prepared, engine, announce)
+        prepared = _staged(prepared, course)
         federation: Federation = course
     else:
         federation = make_engine(run, siege.data, prepared.task, prepared.strategy.client, announce)
@@ -181,12 +182,14 @@ def simulate(
             else partial(course.rounds, run_id=run_id, folder=folder, states=states),
             prepared.task.remark,
         )
+        report: Mapping[str, Any] = {}
+        if course is not None:
+            report = course.report(store.history(run_id), run_id)
+            keep_report(folder, report)
     finally:
         federation.close()
     outcome = _outcome(store, run_id, status, time.monotonic() - began, siege.hostile)
-    if course is not None:
-        outcome = replace(outcome, continual=course.report(outcome.history))
-        keep_report(folder, outcome.continual)
+    outcome = replace(outcome, continual=report)
     store.close()
     return outcome
 
@@ -199,20 +202,15 @@ def check(run: RunFile) -> dict[str, Any]:
     """
     prepared = prepare(located(run))
     if prepared.run.continual.experiences > 1:
-        course = Course(prepared, "sequential", ignore)
+        course = course_of(prepared, "sequential", ignore)
         course.close()
-        prepared = course.prepared
+        prepared = _staged(prepared, course)
     return plan(prepared)
 
 
-def _same_stages(run: RunFile, entry: RunEntry) -> None:
-    """Refuses to go on with experiences of another length."""
-    if run.continual.experiences > 1 and run.run.rounds != entry.run.run.rounds:
-        raise InputError(
-            "rounds differ from the stored run, and they are those of its experiences",
-            where=f"--resume {entry.run_id}",
-            fix=f"set rounds = {entry.run.run.rounds}",
-        )
+def _staged(prepared: Prepared, course: Course) -> Prepared:
+    """The run, with what its defence makes of its strategy and its model."""
+    return prepared._replace(strategy=course.strategy, task=course.task, module=course.module)
 
 
 def _as_noisy(run: RunFile, stored: RunFile) -> RunFile:

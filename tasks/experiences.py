@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from umbel.core.errors import InputError
+from umbel.core.messages import Question
 from umbel.tasks.task import Batch, Forward, Task
 
 NEVER = -1e4
@@ -64,6 +65,29 @@ def routed(task: Task, parted: Callable[[nn.Module, int], nn.Module], count: int
         losses=lambda forward, batch: task.losses(told(forward, batch), batch),
         metrics=lambda forward, batch: task.metrics(told(forward, batch), batch),
     )
+
+
+def asked(
+    task: Task,
+    question: Question,
+    of_class: Sequence[int] | None,
+    head: str,
+    seen: Sequence[bool],
+    count: int,
+) -> Task:
+    """The task as clients have it who are asked ``question``, evaluation included.
+
+    Args:
+        task: :func:`routed` where the defence has parts, but for ``joint``.
+        question: as of a :class:`~umbel.core.messages.Stage`.
+        of_class: the experience of each class; ``None``: all have all classes.
+        head: as for :func:`headed`.
+        seen: as for :func:`headed`.
+        count: of experiences.
+    """
+    if of_class is not None and question != "prototypes":
+        task = headed(task, of_class, head, seen)
+    return scored(task, count)
 
 
 def share(experience: int) -> str:

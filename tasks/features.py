@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from umbel.datasets.federated import Arrays, rows
+from umbel.datasets.federated import Arrays, Info, rows
 from umbel.tasks.evaluate import BATCH, tensor_of
 from umbel.tasks.experiences import NEVER
 from umbel.tasks.task import Task
+
+ZERO = np.zeros(1, np.int64)
 
 
 class Means(NamedTuple):
@@ -58,6 +61,13 @@ def features(task: Task, module: nn.Module, arrays: Arrays) -> Tensor:
     finally:
         module.train(was_training)
     return torch.cat(found[1:] or found)
+
+
+def width_of(task: Task, module: nn.Module, info: Info) -> int:
+    """How long the features of a classifier are, found out without an example."""
+    kind = np.float32 if info.vocabulary is None else np.int64
+    one = {"x": np.zeros((1, *info.input_shape), kind)}
+    return features(task, module, {**one, **dict.fromkeys(("y", "experience"), ZERO)}).shape[1]
 
 
 def unit(features: Tensor) -> Tensor:

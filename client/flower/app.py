@@ -24,21 +24,24 @@ from umbel.client.flower.secure_app import register
 from umbel.client.machine import describe
 from umbel.core import messages
 from umbel.core.errors import InputError
-from umbel.core.messages import Answer, Hello, Request
+from umbel.core.messages import AFTER, MEANS, Answer, Hello, Request, Stages
 from umbel.core.run_file import RunFile
 
 if TYPE_CHECKING:  # a greeting is answered without loading torch: each takes a process of its own
+    from umbel.client.memory import Memory
+    from umbel.client.stages import Parts as StageParts
     from umbel.client.state import ClientStates
     from umbel.client.training import ClientRuntime
     from umbel.core.payloads import Updates
     from umbel.core.trees import Model, Tree
-    from umbel.datasets.federated import Arrays, FederatedData
+    from umbel.datasets.federated import Arrays, FederatedData, Info
+    from umbel.tasks.features import Means
 
 log = logging.getLogger("umbel.client")
 
 app = ClientApp()
 
-Reply: TypeAlias = tuple[Hello | Answer, bytes]
+Reply: TypeAlias = tuple[Hello | Stages | Answer, bytes]
 
 
 class Refused(Exception):
@@ -94,6 +97,26 @@ def hello(message: Message, context: Context) -> Message:
     return _answer(message, work)
 
 
+@app.query("stages")
+def stages(message: Message, context: Context) -> Message:
+    """Says how much the client has in each stage of a run over experiences."""
+
+    def work(request: Request) -> Reply:
+        from umbel.client.stages import sizes
+
+        site = _site(request.run, context, request.client)
+        with _stage("task"):
+            memory = _memory(site, request)
+        with _stage("data"):
+            found = {
+                question: tuple(_shown(request.run, size) for size in each)
+                for question, each in sizes(memory).items()
+            }
+        return Stages(client=site.name, examples=found), b""
+
+    return _answer(message, work)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Trains the model it is sent on the client's examples; answers with the delta."""
@@ -119,7 +142,8 @@ def _trained(request: Request, context: Context, message: Message) -> tuple[Site
         _pay(site, runtime, request, context)
     store, kept = _kept(request, context, runtime, site)
     with _stage("training"):
-        learned = runtime.learn(request.round, site.name, site.train(), model, shared, kept)
+        examples, shared = _examples(site, request, shared)
+        learned = runtime.learn(request.round, site.name, examples, model, shared, kept)
     if store is not None:
         from umbel.client.own import is_finite
 
@@ -128,6 +152,29 @@ def _trained(request: Request, context: Context, message: Message) -> tuple[Site
                 store.put(request.round, {site.name: learned.kept})
             store.close()
     return site, learned.updates
+
+
+def _examples(
+    site: Site, request: Request, shared: Mapping[str, Tree]
+) -> tuple[Arrays, Mapping[str, Tree]]:
+    """What the client trains on, and what the strategy sent besides."""
+    if request.stage is None:
+        return site.train(), shared
+    from umbel.client.stages import besides, examples
+
+    models, _ = besides(shared)
+    mine = examples(_memory(site, request), request.stage, models)
+    return mine, {n: tree for n, tree in shared.items() if not n.startswith((AFTER, MEANS))}
+
+
+def _memory(site: Site, request: Request) -> Memory:
+    """What the client remembers in a run over experiences."""
+    from umbel.client.stages import memory
+
+    assert request.stage is not None
+    tables, stage = _tables(request.run), request.stage.model_dump_json()
+    parts = _staged(tables, json.dumps(asdict(site.data.info)), stage)
+    return memory(request.run, parts.bare, site.data, site.place, site.name, request.stage)
 
 
 def _personal(
@@ -169,6 +216,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
     def work(request: Request) -> Reply:
         site = _site(request.run, context, request.client)
+        site = _dealt(site, request)
         with _stage("data"):
             test = site.test()
         if test is None:
@@ -181,6 +229,14 @@ def evaluate(message: Message, context: Context) -> Message:
             return messages.answer(site.name, request.round, examples, metrics), b""
 
     return _answer(message, work)
+
+
+def _dealt(site: Site, request: Request) -> Site:
+    """The client, with its examples as their experiences have them."""
+    if request.stage is None:
+        return site
+    with _stage("data"):
+        return site._replace(data=_memory(site, request).stream.data)
 
 
 def _answer(message: Message, work: Callable[[Request], Reply]) -> Message:
@@ -289,8 +345,9 @@ def _runtime(
     from umbel.core.trees import Model, unflatten
 
     with _stage("task"):
-        tables = json.dumps(messages.write_run(request.run), sort_keys=True)
-        runtime, own, shared, base = _build(tables, json.dumps(asdict(site.data.info)), seeded)
+        tables, info = _tables(request.run), json.dumps(asdict(site.data.info))
+        stage = "" if request.stage is None else request.stage.model_dump_json()
+        runtime, own, shared, base = _build(tables, info, seeded, stage)
     with _stage("model"):
         if request.base != base:
             raise InputError(
@@ -302,12 +359,16 @@ def _runtime(
         if not isinstance(document, bytes):
             raise InputError("no tensors", where="server's message")
         sent, _ = unpack(document, "server's message")
-        besides = shared if any("/" in name for name in sent) else {}  # not for an evaluation
+        more = {name: sent[name] for name in sent if name.startswith((AFTER, MEANS))}
+        asked = any("/" in name for name in sent.keys() - more.keys())
+        besides = shared if asked else {}  # not for an evaluation
         for name, tensor in {**own.tensors(), **besides}.items():
             if sent[name].shape != tensor.shape or sent[name].dtype != tensor.dtype:
                 raise InputError(f"'{name}' differs from the task's", where="server's message")
         params = {name: sent[name] for name in own.params}
-        extra = unflatten({name: sent[name] for name in besides})
+        extra = unflatten({**{name: sent[name] for name in besides}, **more})
+        if f"{MEANS}/known" in more:
+            runtime = _by_means(tables, info, seeded, stage, extra)
         return runtime, Model(params, {name: sent[name] for name in own.buffers}), extra
 
 
@@ -323,21 +384,23 @@ def _load(section: str, seed: int) -> FederatedData:
 
 
 @functools.lru_cache(maxsize=1)
-def _build(tables: str, info: str, seeded: bool) -> tuple[ClientRuntime, Model, Tree, str | None]:
+def _build(
+    tables: str, info: str, seeded: bool, stage: str
+) -> tuple[ClientRuntime, Model, Tree, str | None]:
     """The runtime, the initial model and what is sent besides, and the hash of what is frozen."""
     from umbel.client.training import ClientRuntime
     from umbel.core import run_file
     from umbel.core.trees import flatten
-    from umbel.datasets.federated import Info
     from umbel.privacy.sources import seeded_sources
     from umbel.strategies.build import build_strategy
     from umbel.tasks.begin import base_hash
     from umbel.tasks.build import build_task, initial_module, model_of
 
     run = run_file.resolve(json.loads(tables))
-    fields = json.loads(info)
-    task = build_task(run.task, Info(**{**fields, "input_shape": tuple(fields["input_shape"])}))
-    strategy = build_strategy(run.strategy)
+    if stage:
+        task, strategy, _ = _staged(tables, info, stage)
+    else:
+        task, strategy = build_task(run.task, _info(info)), build_strategy(run.strategy)
     sources = seeded_sources(run.run.seed) if seeded else None  # at a site never
     module = initial_module(task, run.run.seed)
     own = strategy.travelling(model_of(module))
@@ -345,6 +408,44 @@ def _build(tables: str, info: str, seeded: bool) -> tuple[ClientRuntime, Model, 
     if strategy.broadcast is not None:
         shared = flatten(strategy.broadcast(own.params, strategy.init(own.params)))
     return ClientRuntime(run, task, strategy.client, sources), own, shared, base_hash(module)
+
+
+@functools.lru_cache(maxsize=1)
+def _staged(tables: str, info: str, stage: str, means: Means | None = None) -> StageParts:
+    """What the client does in a stage."""
+    from umbel.client.stages import parts
+    from umbel.core import run_file
+    from umbel.tasks.build import build_task
+
+    run, about = run_file.resolve(json.loads(tables)), _info(info)
+    told = messages.Stage.model_validate_json(stage)
+    return parts(run, build_task(run.task, about), about, told, means)
+
+
+def _by_means(
+    tables: str, info: str, seeded: bool, stage: str, shared: Mapping[str, Tree]
+) -> ClientRuntime:
+    """The runtime whose model tells classes by the means that were sent."""
+    from umbel.client.stages import besides
+    from umbel.client.training import ClientRuntime
+    from umbel.core import run_file
+    from umbel.privacy.sources import seeded_sources
+
+    run = run_file.resolve(json.loads(tables))
+    task, strategy, _ = _staged.__wrapped__(tables, info, stage, besides(shared)[1])
+    sources = seeded_sources(run.run.seed) if seeded else None
+    return ClientRuntime(run, task, strategy.client, sources)
+
+
+def _info(text: str) -> Info:
+    from umbel.datasets.federated import Info
+
+    fields = json.loads(text)
+    return Info(**{**fields, "input_shape": tuple(fields["input_shape"])})
+
+
+def _tables(run: RunFile) -> str:
+    return json.dumps(messages.write_run(run), sort_keys=True)
 
 
 def _shown(run: RunFile, count: int) -> int:
@@ -380,7 +481,7 @@ class _Parts:
         self, request: Request, context: Context, message: Message
     ) -> tuple[int, dict[str, float]]:
         """How many test examples the client has, and the model's figures on them."""
-        site = _site(request.run, context, request.client)
+        site = _dealt(_site(request.run, context, request.client), request)
         with _stage("data"):
             test = site.test()
         if test is None:

@@ -171,7 +171,8 @@ def _train(
     weights = updates.weights.new_ones(1) if weights is None else weights
     updates = Updates(updates.round, updates.clients, updates.delta, weights, updates.metrics)
     combiner = build_strategy(run.strategy).combine
-    if combiner.merge is None:
+    told = request.stage is not None and request.stage.question in ("importance", "prototypes")
+    if combiner.merge is None or told:  # what clients say of a model is no step of the strategy
         combiner = weighted_mean()
     template = {name: tensor[0] for name, tensor in updates.delta.items()}
     sums = SecureSum(

@@ -31,6 +31,9 @@ class Continual(Settings):
     has; or the values of a column of the data, such as a year or a hospital, in order."""
     column: str | None = None
     """``by = "column"``: its name; whole numbers, one an example."""
+    values: tuple[int, ...] | None = Field(None, min_length=1, strict=False)
+    """``by = "column"``: its values. ``None``: all there are; where clients are remote, nobody sees
+    them all, and they are stated here."""
     order: Literal["in-step", "shuffled", "staggered"] = "in-step"
     """``in-step``: all clients meet the same experience at the same time; ``shuffled``: each in an
     order of its own; ``staggered``: all in the same order, some later than others."""
@@ -52,6 +55,8 @@ class Continual(Settings):
             raise ValueError("keys for a single experience; set experiences = 5, or remove them")
         if (self.by == "column") != (self.column is not None):
             raise ValueError("by = 'column' and column = … go together; set both, or neither")
+        if self.values is not None and self.column is None:
+            raise ValueError("values are those of a column; set by = 'column' and column = …")
         if self.lag != 1 and self.order != "staggered":
             raise ValueError("lag is of order = 'staggered'; set that, or remove lag")
         if self.by != "class" and self.head != "single":

@@ -5,6 +5,7 @@ Be it the grid of a deployment or of Flower's own simulation: the round loop doe
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -17,7 +18,21 @@ from flwr.serverapp import Grid
 
 from umbel.core import messages
 from umbel.core.errors import InputError, RunError
-from umbel.core.messages import EVALUATE, HELLO, MANIFEST, MODEL, TRAIN, Answer, Hello, Problem
+from umbel.core.messages import (
+    EVALUATE,
+    HELLO,
+    MANIFEST,
+    MODEL,
+    QUESTIONS,
+    STAGES,
+    TRAIN,
+    Answer,
+    Hello,
+    Problem,
+    Question,
+    Stage,
+    Stages,
+)
 from umbel.core.payloads import (
     EvaluatePlan,
     Evaluation,
@@ -29,6 +44,7 @@ from umbel.core.payloads import (
 )
 from umbel.core.run_file import RunFile
 from umbel.datasets.federated import Info
+from umbel.server.remote_ground import Asked
 from umbel.tasks.begin import base_hash
 from umbel.tasks.build import build_task, initial_module
 
@@ -46,6 +62,8 @@ FLOWER_ERRORS = {
     messages.OTHER_NAME: "answered under another site's name",
 }
 
+EMPTY = {MODEL: ConfigRecord({MODEL: b""})}
+
 # A reply that is larger than the model by this many bytes is not read.
 SLACK = 1 << 20
 
@@ -57,7 +75,7 @@ LATE = 0.05
 """By how much of the time that it took an answer may be seen late."""
 
 
-R = TypeVar("R", Hello, Answer)
+R = TypeVar("R", Hello, Stages, Answer)
 T = TypeVar("T")
 
 
@@ -117,6 +135,7 @@ class GridFederation:
         self._wait = wait
         self._nodes: dict[str, int] = {}
         self._hellos: dict[str, Hello] = {}
+        self._stages: Mapping[str, Stage] = {}
         self._greet(sites, wait)
         self._names = sorted(self._hellos)
         self.info = self._agreed_info()
@@ -176,7 +195,7 @@ class GridFederation:
     def evaluate(self, plan: EvaluatePlan) -> Iterator[Evaluation | Failure]:
         """Asks those of the plan's clients that have a test part, as :meth:`train` does."""
         tested = [c for c in plan.clients if self._hellos[c].test_examples]
-        document = pack(plan.model.tensors())
+        document = pack({**plan.model.tensors(), **plan.shared})
         for client, reply in self._ask(EVALUATE, plan, tested, document):
             if isinstance(reply, Failure):
                 yield reply
@@ -189,6 +208,44 @@ class GridFederation:
     def tested(self, clients: Sequence[str]) -> list[str]:
         """Those of ``clients`` that have a test part."""
         return [c for c in clients if self._hellos[c].test_examples]
+
+    def sizes(self, stages: Mapping[str, Stage]) -> Mapping[str, Mapping[Question, Sequence[int]]]:
+        """How many examples each client answers each question with, stage after stage.
+
+        Raises:
+            RunError: one does not say, or not of all stages.
+        """
+        requests = {
+            client: self._message(STAGES, self._nodes[client], 0, client, EMPTY, None, stage=stage)
+            for client, stage in stages.items()
+        }
+        found: dict[str, Mapping[Question, Sequence[int]]] = {}
+        for client, message in self._exchange(requests, self._wait):
+            reply = message if isinstance(message, str) else _read(message, Stages)
+            wanted = len(stages[client].order)
+            if not isinstance(reply, str):
+                said = reply[0].examples
+                if said.keys() == set(QUESTIONS) and {*map(len, said.values())} == {wanted}:
+                    found[client] = said
+                    continue
+                reply = "does not say what it has in each stage"
+            raise RunError(
+                f"client '{client}' {reply}", where="[continual]", fix="see the site's log"
+            )
+        return found
+
+    def asked(self, how: Asked) -> GridFederation:
+        """The clients who are there, as they are asked in a stage. Closing it closes nothing."""
+        there = copy.copy(self)
+        there.run, there._tables = how.run, messages.write_run(how.run)
+        there._stages, there._end = how.stages, nothing
+        there.__dict__["_base"] = how.base
+        there._names = [name for name in self._names if name in how.sizes]
+        there._hellos = {
+            name: self._hellos[name].model_copy(update={"examples": how.sizes[name]})
+            for name in there._names
+        }
+        return there
 
     def plan_record(self) -> Mapping[str, Any]:
         """Nothing was chosen."""
@@ -295,11 +352,13 @@ class GridFederation:
         records: Mapping[str, ConfigRecord],
         deadline: float | None,
         run_id: str = "",
+        stage: Stage | None = None,
     ) -> Message:
         # Two records: Flower stores what is equal once, and the model is equal for all clients.
         # The time to live keeps a late client from working through the rounds that it missed.
-        base = self._base if round_number else None
-        request = messages.write_request(self._tables, round_number, client, run_id, base)
+        base = None if kind in (HELLO, STAGES) else self._base
+        stage = self._stages.get(client, stage)
+        request = messages.write_request(self._tables, round_number, client, run_id, base, stage)
         content = RecordDict({MANIFEST: ConfigRecord({MANIFEST: request}), **records})
         return Message(content, node, kind, ttl=deadline, group_id=str(round_number))
 
@@ -351,10 +410,7 @@ class GridFederation:
             left = until - time.monotonic()
             if left <= 0 or (refusals and not fresh and len(connected) >= sites):
                 raise self._too_few(sites, wait, refusals)
-            requests = {
-                str(n): self._message(HELLO, n, 0, "", {MODEL: ConfigRecord({MODEL: b""})}, left)
-                for n in fresh
-            }
+            requests = {str(n): self._message(HELLO, n, 0, "", EMPTY, left) for n in fresh}
             for key, message in self._exchange(requests, left):
                 reply = message if isinstance(message, str) else _read(message, Hello)
                 if isinstance(reply, str):

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord
 
 from umbel.core import messages
 from umbel.core.errors import InputError
-from umbel.core.messages import MODEL, SECURE, SECURE_STAGES
+from umbel.core.messages import MODEL, SECURE, SECURE_STAGES, Question
 from umbel.core.payloads import (
     EvaluatePlan,
     Evaluation,
@@ -37,6 +37,7 @@ from umbel.privacy.secure_aggregation.terms import Terms
 from umbel.server import secure
 from umbel.server.flower.grid import SLACK, GridFederation
 from umbel.server.private_sum import private_sum
+from umbel.server.remote_ground import Asked
 from umbel.server.rounds import Fold
 from umbel.strategies.build import build_strategy
 from umbel.strategies.parts import Strategy
@@ -135,6 +136,8 @@ class SecureGrid:
         self._directory = Directory([peers[name] for name in self._names])
         self._tables = messages.write_run(run)
         self.info: Info = inner.info
+        self._peers = peers
+        self._about = ""
         self._kept: dict[str, _Kept] = {}
 
     def clients(self) -> Sequence[str]:
@@ -189,7 +192,7 @@ class SecureGrid:
             return
         bits = value_bits(len(tested), self._section)
         means = SecureMeans(self._section, secure.cap_of(self.run), bits)
-        document = pack(plan.model.tensors())
+        document = pack({**plan.model.tensors(), **plan.shared})
         shape = Shape(means.layout.size, bits, False)
         for found in self._carry_out("evaluate", plan, [tested], shape, document):
             if isinstance(found.end, Aborted):
@@ -199,6 +202,19 @@ class SecureGrid:
             totals = means.totals(fields, len(found.survivors), found.metrics)
             figures = {name: total / weight for name, (total, weight) in totals.items()}
             yield Evaluation("all", len(found.survivors), figures)
+
+    def sizes(
+        self, stages: Mapping[str, messages.Stage]
+    ) -> Mapping[str, Mapping[Question, Sequence[int]]]:
+        """Whether each client answers each question, stage after stage: 1 or 0."""
+        return self._inner.sizes(stages)
+
+    def asked(self, how: Asked) -> SecureGrid:
+        """The clients who are there, as they are asked in a stage."""
+        there = SecureGrid(self._inner.asked(how), how.strategy, self._peers)
+        # What is asked in one round number more than once has keys of its own each time.
+        there._about = "\0".join({s.question for s in how.stages.values()})
+        return there
 
     def plan_record(self) -> Mapping[str, Any]:
         """That sums were masked."""
@@ -218,7 +234,7 @@ class SecureGrid:
     ) -> list[Found]:
         """Runs one round of the protocol in each group, all groups stage by stage together."""
         digest = hashlib.sha256(document).digest()
-        run_id = hashlib.sha256(f"{plan.run_id}\0{purpose}".encode()).digest()[:16]
+        run_id = hashlib.sha256(f"{plan.run_id}\0{purpose}{self._about}".encode()).digest()[:16]
         context = context_of(self._tables, purpose, plan.round, digest)
         terms = Terms(
             run_id,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from umbel.core.trees import Tree, map_tree, zeros_like
 from umbel.datasets.buffer import Buffer
+from umbel.datasets.experiences import Timetable
 from umbel.strategies.parts.combine import Combined, weighted_mean
 from umbel.strategies.parts.rule import (
     ClientRule,
@@ -107,6 +108,27 @@ class Defence(NamedTuple):
     holds: Callable[[Tree, Tree, Trees], Tree] | None = None
     model: Callable[[nn.Module, int], nn.Module] | None = None
     prototypes: bool = False
+
+    @property
+    def keeps_models(self) -> bool:
+        """Whether the models that stages ended with are needed later."""
+        herds = self.buffer is not None and self.buffer.choice == "herding"
+        return herds or self.stores_outputs or self.prototypes
+
+
+def classes_of(times: Timetable, head: str, stage: int) -> Classes:
+    """What a defence is told when a stage begins.
+
+    Args:
+        times: when experiences are met.
+        head: of the model, as ``[continual]`` has it.
+        stage: from 0.
+    """
+    groups = torch.ones(1, times.classes, dtype=torch.bool)
+    if head == "multi" and times.of_class is not None:
+        of_class = torch.from_numpy(times.of_class)
+        groups = of_class[None, :] == torch.arange(times.count)[:, None]
+    return Classes(groups, torch.from_numpy(times.seen(stage - 1)))
 
 
 def defended(strategy: Strategy, defence: Defence, classes: Classes) -> Strategy:

@@ -32,9 +32,9 @@ def test_every_row_is_met_once_and_by_its_owner(digits: FederatedData) -> None:
 
 def test_classes_go_to_experiences_in_order(digits: FederatedData) -> None:
     found = stream(digits, Continual(experiences=5), 0)
-    assert found.of_class is not None
-    assert found.of_class.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert found.seen(1).tolist() == [True] * 4 + [False] * 6
+    assert found.times.of_class is not None
+    assert found.times.of_class.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert found.times.seen(1).tolist() == [True] * 4 + [False] * 6
     assert set(digits.train["y"][found.met(0, 2)].tolist()) == {4, 5}
     assert found.data.test is not None
     assert (found.data.test["experience"] == found.data.test["y"] // 2).all()

@@ -19,10 +19,11 @@ from umbel.core.run_file import RunFile, resolve
 from umbel.core.trees import Model
 from umbel.datasets.federated import take
 from umbel.server.continual import name
+from umbel.server.course_asking import Asked, importance
 from umbel.server.records import RoundRecord
 from umbel.server.serve import serve
-from umbel.simulations.continual import Course
-from umbel.simulations.continual_asking import importance
+from umbel.simulations.continual import Local
+from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.prepare import prepare
 from umbel.simulations.simulate import Outcome, simulate
 from umbel.strategies.defences import agem
@@ -129,12 +130,12 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bits(
 
 def test_replay_without_a_bound_is_joint_training(tmp_path: Path) -> None:
     prepared = prepare(table(tmp_path, {"name": "replay", "examples": 10**6, "repeat": False}))
-    course = Course(prepared, "sequential", print)
+    ground = Local(prepared, "sequential", print)
     for stage in range(3):
-        data = course.memory.data(stage, tmp_path)
+        data = ground.memory.data(stage, None)
         for place in range(3):
             held = prepared.data.train_holdings.of_client(place)
-            seen = held[course.stream.of_row[held] <= stage]
+            seen = held[ground.stream.of_row[held] <= stage]
             assert sorted(data.train_holdings.of_client(place)) == sorted(seen)
 
 
@@ -171,8 +172,8 @@ def test_each_client_has_a_matrix(tmp_path: Path) -> None:
 
 def test_orders_of_their_own(tmp_path: Path) -> None:
     shuffled = table(tmp_path, continual={"experiences": 3, "order": "shuffled"})
-    course = Course(prepare(shuffled), "sequential", print)
-    assert len({tuple(row) for row in course.stream.order.tolist()}) > 1
+    ground = Local(prepare(shuffled), "sequential", print)
+    assert len({tuple(row) for row in ground.stream.times.order.tolist()}) > 1
     assert simulate(shuffled, engine="sequential").status == "finished"
 
 
@@ -184,10 +185,10 @@ def measured(tmp_path: Path, measure: Measure) -> tuple[Model, dict[str, Tensor]
         data={"holdout": 0.9, "split": {"kind": "iid", "clients": 3}},
     )
     prepared = prepare(run)
-    course = Course(prepared, "sequential", print)
+    ground = Local(prepared, "sequential", print)
     model = prepared.model()
-    data, task = course.memory.leaving(0), course._headed(course._bare, 0)
-    return model, dict(importance(run, measure, data, task, 2, model)), course
+    asked = Asked(run, ground, prepared.task, 0, 2, model, "", None)
+    return model, dict(importance(asked, measure)), ground
 
 
 def logits(model: Model, x: Tensor) -> Tensor:
@@ -198,13 +199,13 @@ def logits(model: Model, x: Tensor) -> Tensor:
 def test_the_fisher_information_of_a_linear_model_is_that_of_the_formula(tmp_path: Path) -> None:
     # So many steps that each client passes over its examples a whole number of times.
     prepared = prepare(table(tmp_path, data={"holdout": 0.9}))
-    sizes = [len(Course(prepared, "sequential", print).stream.met(place, 0)) for place in range(3)]
-    model, found, course = measured(tmp_path, Measure(torch.square, int(np.lcm.reduce(sizes))))
+    sizes = [len(Local(prepared, "sequential", print).stream.met(place, 0)) for place in range(3)]
+    model, found, ground = measured(tmp_path, Measure(torch.square, int(np.lcm.reduce(sizes))))
     total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in model.params.items()}
     count = 0
     for place in range(3):
-        rows = course.stream.met(place, 0)
-        part = take(course.stream.data.train, rows)
+        rows = ground.stream.met(place, 0)
+        part = take(ground.stream.data.train, rows)
         x, y = torch.from_numpy(part["x"]).flatten(1), torch.from_numpy(part["y"])
         off = (logits(model, x).softmax(1) - torch.nn.functional.one_hot(y, 10)).double()
         weight, bias = total
@@ -249,14 +250,15 @@ def test_what_experiences_do_not_go_with(
         simulate(table(tmp_path, **sections), engine="sequential")
 
 
-def test_other_engines_and_real_sites_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="engine 'flower'"):
-        simulate(table(tmp_path), engine="flower")
-    with pytest.raises(RefusedError, match="sites are real"):
-        serve(  # refused before anything else is looked at
-            table(tmp_path),
-            None,  # type: ignore[arg-type]
-            None,  # type: ignore[arg-type]
+def test_clients_that_know_no_experiences_are_not_asked(tmp_path: Path) -> None:
+    run = table(tmp_path)
+    prepared = prepare(run)
+    task, rule = prepared.task, prepared.strategy.client
+    with pytest.raises(RefusedError, match="know none"):
+        serve(
+            run,
+            sequential(run, prepared.data, task, rule),
+            prepared.data.info,
             engine="flower",
             on_start=print,
             on_round=print,
@@ -286,9 +288,9 @@ def test_the_matrix_is_drawn_from_the_store(
 def test_clients_without_an_experience_are_not_asked(tmp_path: Path) -> None:
     shards = {"kind": "shards", "clients": 5, "shards_per_client": 1}
     run = table(tmp_path, "replay", data={"split": shards}, strategy={"cohort": 5})
-    course = Course(prepare(run), "sequential", print)
+    ground = Local(prepare(run), "sequential", print)
     asked = [
-        sum(len(course.stream.met(place, stage)) > 0 for place in range(5)) for stage in range(3)
+        sum(len(ground.stream.met(place, stage)) > 0 for place in range(5)) for stage in range(3)
     ]
     history = simulate(run, engine="sequential").history
     assert min(asked) < 5

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile, resolve
 from umbel.datasets.federated import take
+from umbel.server.course_asking import Asked, class_means
 from umbel.server.records import RoundRecord
-from umbel.simulations.continual import Course
-from umbel.simulations.continual_asking import class_means
+from umbel.simulations.continual import Local
 from umbel.simulations.prepare import prepare
 from umbel.simulations.simulate import Outcome, check, simulate
 from umbel.strategies.defences.adapters import Adapted
@@ -107,17 +107,18 @@ def test_class_means_are_those_of_all_clients_examples(tmp_path: Path) -> None:
     """In the linear model's features, the pictures themselves, and under masks as well."""
     run = table(tmp_path, "ncm", task={"model": "logistic"})
     prepared = prepare(run)
-    course = Course(prepared, "sequential", print)
-    data = course.memory.distinct(0, tmp_path)
-    rows = np.concatenate([course.stream.met(p, 0) for p in range(3)])
+    ground = Local(prepared, "sequential", print)
+    data = ground.memory.distinct(0, None)
+    rows = np.concatenate([ground.stream.met(p, 0) for p in range(3)])
     part = take(data.train, rows)
     x = torch.from_numpy(part["x"]).flatten(1)
     x = x / x.norm(dim=1, keepdim=True)
     torch.testing.assert_close(features(prepared.task, prepared.module, part), x)
     masked = {"enabled": True, "accounting_only": True}
     for section in ({}, masked):
-        asked = resolve({**run.model_dump(), "secure_aggregation": section}) if section else run
-        found = class_means(asked, data, prepared.task, 0, prepared.model(), x.shape[1])
+        by = resolve({**run.model_dump(), "secure_aggregation": section}) if section else run
+        asked = Asked(by, ground, prepared.task, 0, 0, prepared.model(), "", None)
+        found = class_means(asked, 10, x.shape[1])
         seen = np.unique(part["y"])
         assert torch.equal(found.known.nonzero().flatten(), torch.from_numpy(seen))
         for label in seen:
@@ -154,12 +155,12 @@ def test_herding_goes_on_with_the_same_bits(tmp_path: Path, defence: Any) -> Non
 def test_clients_that_are_behind(tmp_path: Path) -> None:
     staggered = {"continual": {"order": "staggered", "lag": 1}, "run": {"rounds": 8}}
     run = table(tmp_path, {"name": "der", "per_class": 5}, **staggered)
-    course = Course(prepare(run), "sequential", print)
-    assert sorted(course.stream.order.tolist()) == [[0, 0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 2]]
-    (late,) = np.flatnonzero(course.stream.order[:, 1] == 0)
-    assert course.stream.earlier(int(late), 2) == {0: 1}
-    assert course.stream.earlier(int(late), 1) == {}
-    assert [course.stream.leaves(int(late), s) for s in range(4)] == [False, True, True, True]
+    ground = Local(prepare(run), "sequential", print)
+    assert sorted(ground.stream.times.order.tolist()) == [[0, 0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 2]]
+    (late,) = np.flatnonzero(ground.stream.times.order[:, 1] == 0)
+    assert ground.stream.times.earlier(int(late), 2) == {0: 1}
+    assert ground.stream.times.earlier(int(late), 1) == {}
+    assert [ground.stream.times.leaves(int(late), s) for s in range(4)] == [False, True, True, True]
     found = simulate(run, engine="sequential").continual
     assert np.array(found["matrix"]).shape == (4, 3)
     assert {"acc", "bwt", "forgetting", "fwt"} <= found.keys()
@@ -186,7 +187,7 @@ def test_experiences_by_a_column(tmp_path: Path) -> None:
     data = {"name": "npz", "path": str(tmp_path / "own.npz"), "columns": ["year"]}
     by = {"by": "column", "column": "year", "experiences": 2}
     run = table(tmp_path, data=data, continual=by)
-    stream = Course(prepare(run), "sequential", print).stream
+    stream = Local(prepare(run), "sequential", print).stream
     assert (stream.of_row == (stream.data.train["year"] >= 2020)).all()
     found = simulate(run, engine="sequential").continual
     assert np.isfinite(np.array(found["matrix"], dtype=float)).all()

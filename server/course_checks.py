@@ -4,41 +4,40 @@ from __future__ import annotations
 
 import torch
 
-from umbel.core import registry, settings
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile
-from umbel.simulations.prepare import Prepared
+from umbel.core.trees import Tree
+from umbel.strategies.parts import Strategy
 from umbel.strategies.parts.defence import Classes, Defence
+from umbel.tasks.task import Task
 
 WHERE = "[continual]"
 
 NO_CLASSES = Classes(torch.ones(1, 0, dtype=torch.bool), torch.ones(0, dtype=torch.bool))
 
 
-def build_defence(run: RunFile) -> Defence:
-    """The defence that ``[continual]`` names.
-
-    Raises:
-        InputError: no such defence, or a parameter that is not its own or out of bounds.
-    """
-    section = run.continual.defence
-    named, table = (
-        (section, {}) if isinstance(section, str) else (section.name, section.parameters())
-    )
-    factory = registry.find("defences", named, f"{WHERE} defence")
-    given = settings.arguments(factory, table, f"{WHERE} defence", f"defence '{named}'")
-    defence: Defence = factory(**given)
-    return defence
-
-
-def check(prepared: Prepared, defence: Defence) -> None:
+def check(
+    run: RunFile,
+    strategy: Strategy,
+    task: Task,
+    classes: int | None,
+    buffers: Tree,
+    defence: Defence,
+) -> None:
     """Passes if the run can be one over experiences.
+
+    Args:
+        run: the run file.
+        strategy: what it names.
+        task: the same.
+        classes: of the data; ``None``: real-valued targets.
+        buffers: of the model.
+        defence: what the run names.
 
     Raises:
         InputError: what it has that experiences do not go with.
     """
-    run, rule = prepared.run, prepared.strategy.client
-    section, classes = run.continual, prepared.data.info.classes
+    section, rule = run.continual, strategy.client
     named = section.defence if isinstance(section.defence, str) else section.defence.name
     stages = section.experiences + (section.lag if section.order == "staggered" else 0)
     known = section.head == "multi" or section.by != "class"
@@ -52,10 +51,10 @@ def check(prepared: Prepared, defence: Defence) -> None:
         found, fix = "no attack knows of experiences", "remove [attack]"
     elif run.evaluate.early_stopping is not None:
         found, fix = "a run that stops early misses experiences", "remove early_stopping"
-    elif prepared.strategy.asynchronous is not None or prepared.strategy.root is not None:
+    elif strategy.asynchronous is not None or strategy.root is not None:
         found = f"strategy '{run.strategy.name}' steps by itself or has examples of its own"
         fix = "use fedavg"
-    elif classes is None or prepared.task.episodes is not None:
+    elif classes is None or task.episodes is not None:
         found, fix = "experiences are measured by accuracy", "kind = 'classification'"
     elif (section.head != "single" or defence.outputs) and classes < 3:
         found = f"heads and defence '{named}' need one logit for each of three classes or more"
@@ -71,7 +70,7 @@ def check(prepared: Prepared, defence: Defence) -> None:
     elif defence.model is not None and not (known and section.order == "in-step"):
         found = f"'{named}' needs to know which experience is under way, and an example is of"
         fix = "head = 'multi' and order = 'in-step'"
-    elif defence.model is not None and (run.task.adapter or prepared.model().buffers):
+    elif defence.model is not None and (run.task.adapter or buffers):
         found = f"'{named}' does not go with [task.adapter], nor with running statistics"
         fix = "a model without BatchNorm, trained itself"
     if found:
