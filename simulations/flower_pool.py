@@ -29,6 +29,8 @@ from umbel.server.flower.run_app import LoadFailure
 
 PATIENCE = 5.0
 """Seconds that the template has for ending its workers."""
+AHEAD = 32768
+"""Bytes that a line holds while nobody reads: more is not sent to a worker that may itself send."""
 
 
 class Worker(NamedTuple):
@@ -152,35 +154,42 @@ class Pool:
         last = b""
         try:
             while True:
-                if (work := self._take(ahead=len(sent))) is not None:
-                    head = work.head()
-                    if head is None:
-                        self._finish(work, None)
-                        continue
-                    worker = self._workers[place] or self._start()
-                    self._workers[place] = worker
-                    sent.append(work)
-                    with suppress(OSError):  # it died: the answer will not come either
-                        worker.line.send_bytes(head)
-                        worker.line.send_bytes(b"" if work.content is last else work.content)
-                        last = work.content
-                        continue
-                if not sent:
-                    return
-                busy = self._workers[place]
-                assert busy is not None
-                try:
-                    answer = busy.line.recv_bytes(), busy.line.recv_bytes()
-                except (EOFError, OSError):
-                    self._workers[place], last = None, b""
-                    died = self._bury(busy)
-                    self._finish(sent.popleft(), died)
-                    self._again(sent)
-                else:
-                    self._finish(sent.popleft(), answer)
+                if (work := self._take(ahead=len(sent))) is None:
+                    if not sent:
+                        return
+                    last = last if self._answered(place, sent) else b""
+                    continue
+                head = work.head()
+                if head is None:
+                    self._finish(work, None)
+                    continue
+                size = len(head) + (0 if work.content is last else len(work.content))
+                if sent and size > AHEAD:
+                    last = last if self._answered(place, sent) else b""
+                worker = self._workers[place] or self._start()
+                self._workers[place] = worker
+                sent.append(work)
+                with suppress(OSError):  # it died: the answer will not come either
+                    worker.line.send_bytes(head)
+                    worker.line.send_bytes(b"" if work.content is last else work.content)
+                    last = work.content
         except BaseException as error:  # else whoever waits for a reply would wait for ever
             if not self._closed:
                 self._on_failure(RunError(f"no more workers: {error}", where="umbel flower"))
+
+    def _answered(self, place: int, sent: deque[Work]) -> bool:
+        """Awaits the answer to the first of what was sent; false: the worker died instead."""
+        worker = self._workers[place]
+        assert worker is not None
+        try:
+            answer = worker.line.recv_bytes(), worker.line.recv_bytes()
+        except (EOFError, OSError):
+            self._workers[place] = None
+            self._finish(sent.popleft(), self._bury(worker))
+            self._again(sent)
+            return False
+        self._finish(sent.popleft(), answer)
+        return True
 
     def _take(self, ahead: int) -> Work | None:
         """The next work; ``None``: there is none to be had, or not now.
@@ -213,6 +222,9 @@ class Pool:
 
     def _start(self) -> Worker:
         here, there = socket.socketpair()
+        for end in (here, there):  # room for AHEAD and the framing, on every system
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * AHEAD)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * AHEAD)
         with self._asking, here, there:
             self._control.send_bytes(START)
             reduction.send_handle(self._control, there.fileno(), self._template.pid)

@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 import random
+import select
 import signal
 import sys
 import threading
@@ -24,7 +25,6 @@ from contextlib import suppress
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -153,23 +153,22 @@ def work(line: Connection, app: ClientApp, settings: Settings) -> None:
     an answer: the reply and the node's context.
     """
     quick_arrays.quicken()
-    messages: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
-    threading.Thread(target=_listen, args=(line, messages), daemon=True).start()
+    threading.Thread(target=_watch, args=(line.fileno(),), daemon=True).start()
     content = b""
-    with suppress(ConnectionError):
+    with suppress(ConnectionError, EOFError):
         while True:
-            head, sent = messages.get()
+            head, sent = line.recv_bytes(), line.recv_bytes()
             content = sent or content
             for frame in answer(app, settings, head, content):
                 line.send_bytes(frame)
             sys.stdout.flush()
 
 
-def _listen(line: Connection, messages: SimpleQueue[tuple[bytes, bytes]]) -> None:
-    """Reads ahead, so that the sender never waits for the app, whatever that is busy with."""
-    with suppress(EOFError, OSError):
-        while True:
-            messages.put((line.recv_bytes(), line.recv_bytes()))
+def _watch(handle: int) -> None:
+    """Ends this process when its line is hung up, however long the app is busy."""
+    hung_up = select.poll()
+    hung_up.register(handle, 0)  # that is always told; what there is to read wakes nobody here
+    hung_up.poll()
     _leave(0)
 
 
