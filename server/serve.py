@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -26,6 +27,8 @@ from umbel.strategies.parts import Strategy
 from umbel.tasks.begin import base_hash
 from umbel.tasks.build import build_task, initial_module, model_of
 from umbel.tasks.task import Task
+
+log = logging.getLogger("umbel.server")
 
 
 def serve(
@@ -126,4 +129,4 @@ def _course(
             where="[continual]",
             fix="values = [2019, 2020, …], in order",
         )
-    return Course(run, task, strategy, module, Remote(federation, run), print)
+    return Course(run, task, strategy, module, Remote(federation, run), log.info)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -19,6 +20,7 @@ from umbel.core.run_file import RunFile, resolve
 from umbel.deploy.endurance.parts import NAMES, two_sites
 from umbel.deploy.jobs import Job
 from umbel.deploy.network import SERVER, Network
+from umbel.server.continual import kept_report
 from umbel.server.store import RunStore
 from umbel.simulations.simulate import simulate
 
@@ -86,6 +88,26 @@ def test_a_deployed_run_makes_the_model_of_the_simulation(network: Network) -> N
         assert not list((site.state / "inbox").iterdir())
     events = [e["event"] for e in audit_log.read(network.server.audit_file)]
     assert events[-2:] == ["run begins", "run finished"]
+
+
+def test_sites_go_from_experience_to_experience(network: Network) -> None:
+    ewc = {"name": "ewc", "strength": 1.0, "examples": 3}
+    stages = {"continual": {"experiences": 2, "defence": ewc}}
+    job = network.finish(network.submit(run_file(2, **stages)))
+    assert (job.state, job.round, job.error) == ("finished", 2, "")
+    model, _ = stored(network, job)
+    data = {"path": str(network.folder / "all.npz")}
+    here = {"run": {"store": str(network.folder / "staged")}, "data": data, **stages}
+    outcome = simulate(run_file(2, **here), engine="sequential")
+    assert outcome.model is not None
+    same(model, safetensors.torch.load_file(outcome.model))
+    found = kept_report(Path(network.server.store) / job.run_id)
+    np.testing.assert_allclose(found["matrix"], outcome.continual["matrix"])
+    assert np.array(found["matrix"]).shape == (2, 2)
+    for site in network.sites.values():  # who writes down what it was asked, and in which stage
+        entries = [e for e in audit_log.read(site.audit_file) if e.get("job") == job.id]
+        learnt = [(e["stage"], e["question"]) for e in entries if e["kind"] == "train"]
+        assert learnt == [(1, "train"), (1, "importance"), (2, "train")]
 
 
 def test_a_policy_refuses_by_name_and_the_run_says_so(network: Network) -> None:
