@@ -188,11 +188,16 @@ class Network:
         with self.server.settings_file.open("a", encoding="utf-8") as file:
             file.write(f'listen = "{self.hosting.listen}"\n')
         requests = {}
+        state = link.open_factory(self.server.link_database).state()  # a second, once for all
+
+        def register(_: Path, key: bytes, name: str) -> int:
+            return link.admit(state, key, name)
+
         for name, site in self.sites.items():
             provisioning.init_site(site, name, self._data[name])
             requests[name] = self.folder / f"{name}.request"
             provisioning.write_request(site, requests[name])
-            provisioning.approve(self.server, requests[name], link.register, link.revoke)
+            provisioning.approve(self.server, requests[name], register, link.revoke)
         for name, site in self.sites.items():  # now that all are members, each kit names all
             provisioning.join(site, provisioning.write_kit(self.server, name), made.fingerprint)
 
