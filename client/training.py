@@ -361,7 +361,16 @@ def load(module: nn.Module, model: Model, private: Collection[str] = ()) -> None
     Raises:
         InputError: a name or a shape differs.
     """
-    here, given = model_of(module).tensors(), model.tensors()
+    fill(model_of(module), model, private)
+
+
+def fill(mine: Model, model: Model, private: Collection[str] = ()) -> None:
+    """:func:`load`, given the module's own tensors.
+
+    Raises:
+        InputError: a name or a shape differs.
+    """
+    here, given = mine.tensors(), model.tensors()
     if here.keys() - private != given.keys():
         names = sorted((here.keys() - private) ^ given.keys())
         raise InputError(

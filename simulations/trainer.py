@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from umbel.client import batches, optimizers, own
 from umbel.client.private import Clip, schedule
-from umbel.client.training import load
+from umbel.client.training import fill
 from umbel.core import randomness
 from umbel.core.payloads import States, TrainPlan, Updates
 from umbel.core.trees import Model, Tree, to_device, unflatten
@@ -65,12 +65,19 @@ class Trainer:
         self._residents = residents
         self._runtime = residents.runtime
         self.module = self._runtime.module()
+        model = model_of(self.module)
+        # A module may rebind a buffer as it runs; who has none is looked through once.
+        self._model = None if model.buffers else model
         self._names = [n for n, p in self.module.named_parameters() if p.requires_grad]
         self.columns = {n: tensor_of(c) for n, c in residents.data.train.items()}
         device = self._runtime.device
         held = sum(c.nbytes for c in self.columns.values())
         if device.type != "cpu" and held <= memory // 2:
             self.columns = to_device(self.columns, device)
+
+    def _own(self) -> Model:
+        """The tensors of the module."""
+        return self._model or model_of(self.module)
 
     def subject(self, draws: bool, shared: Tree) -> Subject:
         """What kernels are made for; ``shared`` is what the strategy broadcasts besides."""
@@ -209,7 +216,7 @@ class Trainer:
             bound: of one computation of a private kernel; the others take all.
         """
         runtime, data, model = self._runtime, self._residents.data, plan.model
-        load(self.module, model, runtime.at_home)
+        fill(self._own(), model, runtime.at_home)
         lot = self._lot(plan.round, places, plan.states)
         if kernel.even and runtime.task.collect is not None and len(set(lot.sizes.tolist())) > 1:
             raise ValueError("clients made examples of different numbers")
@@ -366,8 +373,7 @@ class Trainer:
         kept: list[dict[str, Tensor] | None] = [None] * len(clients)
         if states is not None and self._runtime.rule.keeps:
             kept = states.get(round_number, clients)
-        model = model_of(self.module)
-        return together.opened(self._runtime, model, shared, clients, kept, steps)
+        return together.opened(self._runtime, self._own(), shared, clients, kept, steps)
 
     def _losses(self, around: Around, places: chunks.Places) -> Tensor:
         """The global model's mean loss over each client's examples, where the rule asks; (C,)."""
