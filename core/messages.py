@@ -85,7 +85,7 @@ class Stage(Settings):
 
     number: Natural
     question: Question
-    order: tuple[Natural, ...] = pydantic.Field(strict=False)
+    order: tuple[Natural, ...] = pydantic.Field(strict=False, max_length=10_000)
     seen: tuple[bool, ...] = pydantic.Field(strict=False)
 
     @pydantic.model_validator(mode="after")

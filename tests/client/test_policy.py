@@ -89,6 +89,12 @@ def test_a_new_sites_policy_can_be_read_and_allows_what_comes_with_umbel(tmp_pat
             "unit",
         ),
         ({"privacy": {"secure_aggregation": True}}, {}, "secure_aggregation"),
+        (
+            {"allow": {"defences": ["naive"]}},
+            {"continual": {"experiences": 2, "defence": "ewc"}},
+            "defences",
+        ),
+        ({"allow": {"defences": []}}, {"continual": {"experiences": 2}}, "defences"),
         ({"limits": {"maximum_rounds": 9}}, {"run": {"rounds": 10}}, "maximum_rounds"),
     ],
 )
