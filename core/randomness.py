@@ -23,6 +23,9 @@ _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
 _LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
 
+BLOCK = 1 << 16
+"""Numbers hashed at a time where there are many: as many as stay in a core's cache."""
+
 
 def mix(key: U64 | np.uint64, counter: U64 | np.uint64 | int) -> U64:
     """Hashes ``counter`` under ``key``, both broadcast together; 64 well-mixed bits each."""
@@ -53,7 +56,29 @@ def client_keys(seed: int, purpose: str, round_number: int, clients: Sequence[st
 
 def permutation(stream: np.uint64, n: int) -> npt.NDArray[np.int64]:
     """A uniform permutation of 0 … n-1, shape (n,): the order of n hashes."""
+    if n > BLOCK:
+        return _in_place(stream, n, (n - 1).bit_length())
     return np.argsort(mix(stream, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def _in_place(stream: np.uint64, n: int, bits: int) -> npt.NDArray[np.int64]:
+    """:func:`permutation` in 8 n bytes and half the time, for millions; n ≤ 2**bits.
+
+    Each number takes the place of its hash's last bits, which decide only where all others agree.
+    """
+    mask = np.uint64((1 << bits) - 1)
+    order = np.empty(n, np.uint64)
+    for begin in range(0, n, BLOCK):
+        numbers = np.arange(begin, min(begin + BLOCK, n), dtype=np.uint64)
+        order[begin : begin + BLOCK] = (mix(stream, numbers) & ~mask) | numbers
+    order.sort()
+    tied = np.flatnonzero((order[1:] ^ order[:-1]) <= mask)
+    order &= mask
+    if len(tied):
+        places = np.union1d(tied, tied + 1)
+        # Runs of ties stand in the order of their first bits, and so do the hashes of all of them.
+        order[places] = order[places][np.argsort(mix(stream, order[places]))]
+    return order.view(np.int64)
 
 
 def permutations(streams: U64, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -9,8 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from umbel.core.errors import InputError
-from umbel.core.randomness import U64, key, mix
+from umbel.core.randomness import U64, key, mix, permutation
 from umbel.datasets.federated import Holdings
+
+TOGETHER = 4096
+"""Clients whose rows are sorted at a time: a million have no more to hold than the index."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,14 @@ class Deal:
 
     def hashes(self, purpose: str) -> U64:
         """One hash a row, shape (rows,); sorting by them shuffles."""
-        return mix(key(self.seed, "split", purpose), np.arange(len(self), dtype=np.uint64))
+        return mix(self._stream(purpose), np.arange(len(self), dtype=np.uint64))
+
+    def shuffled(self, purpose: str) -> npt.NDArray[np.int64]:
+        """The rows in the order of their :meth:`hashes`, shape (rows,)."""
+        return permutation(self._stream(purpose), len(self))
+
+    def _stream(self, purpose: str) -> np.uint64:
+        return key(self.seed, "split", purpose)
 
 
 def by_client(client: npt.NDArray[np.integer[Any]], clients: int) -> Holdings:
@@ -47,11 +57,22 @@ def by_client(client: npt.NDArray[np.integer[Any]], clients: int) -> Holdings:
     return Holdings(offsets, np.argsort(client, kind="stable").astype(np.int32))
 
 
-def in_turn(order: npt.NDArray[np.integer[Any]], sizes: npt.NDArray[np.int64]) -> Holdings:
-    """Deals the rows in this order: the first ``sizes[0]`` to client 0, and so on."""
-    client = np.empty(len(order), dtype=np.int64)
-    client[order] = np.repeat(np.arange(len(sizes)), sizes)
-    return by_client(client, len(sizes))
+def in_turn(order: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Holdings:
+    """Deals the rows in this order: the first ``sizes[0]`` to client 0, and so on.
+
+    A client's rows keep their order in the data.
+    """
+    offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    index = np.empty(len(order), dtype=np.int32)
+    for begin in range(0, len(sizes), TOGETHER):
+        some = sizes[begin : begin + TOGETHER]
+        part = slice(offsets[begin], offsets[begin + len(some)])
+        rows = np.repeat(np.arange(len(some)) << 32, some)  # by client, and then by row
+        rows |= order[part]
+        rows.sort()
+        index[part] = rows
+    return Holdings(offsets, index)
 
 
 def even(total: int, parts: int) -> npt.NDArray[np.int64]:

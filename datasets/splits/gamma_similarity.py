@@ -27,7 +27,7 @@ def gamma_similarity(
         gamma: the share.
     """
     require_rows(deal, clients, 1)
-    order = np.argsort(deal.hashes("gamma-similarity"), kind="stable")
+    order = deal.shuffled("gamma-similarity")
     similar, rest = np.split(order, [int(len(deal) * gamma)])
     rest = rest[np.argsort(deal.labels[rest], kind="stable")]
     client = np.empty(len(deal), dtype=np.int64)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from umbel.core.settings import Count
 from umbel.datasets.deal import Deal, even, in_turn, require_rows
 from umbel.datasets.federated import Holdings
@@ -17,5 +15,4 @@ def iid(deal: Deal, *, clients: Count = 10) -> Holdings:
         clients: how many; at most one an example.
     """
     require_rows(deal, clients, 1)
-    order = np.argsort(deal.hashes("iid"), kind="stable")
-    return in_turn(order, even(len(deal), clients))
+    return in_turn(deal.shuffled("iid"), even(len(deal), clients))

@@ -26,5 +26,5 @@ def quantity(
     rest = len(deal) - clients * minimum
     cuts = np.minimum((np.cumsum(share) * rest).round().astype(np.int64), rest)
     cuts[-1] = rest
-    order = np.argsort(deal.hashes("quantity"), kind="stable")
+    order = deal.shuffled("quantity")
     return in_turn(order, minimum + np.diff(cuts, prepend=0))

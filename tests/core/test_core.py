@@ -19,6 +19,15 @@ def test_permutation_is_one(seed: int, n: int) -> None:
     assert sorted(randomness.permutation(randomness.key(seed, "p"), n)) == list(range(n))
 
 
+@pytest.mark.parametrize("n", [randomness.BLOCK + 1, 150_000])
+@pytest.mark.parametrize("bits", [18, 56, 64])  # no ties, most, nothing but ties
+def test_a_long_permutation_is_the_order_of_its_hashes(n: int, bits: int) -> None:
+    stream = randomness.key(1, "long", n)
+    order = np.argsort(randomness.mix(stream, np.arange(n, dtype=np.uint64)), kind="stable")
+    assert np.array_equal(randomness._in_place(stream, n, bits), order)
+    assert np.array_equal(randomness.permutation(stream, n), order)
+
+
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8))
 def test_permutations_of_a_cohort_are_those_of_its_clients(sizes: list[int]) -> None:
     keys = randomness.client_keys(3, "batches", 5, [f"c{i}" for i in range(len(sizes))])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from umbel.core import registry
 from umbel.core.errors import InputError
-from umbel.datasets.deal import Deal
+from umbel.datasets.deal import TOGETHER, Deal, by_client, in_turn
 from umbel.datasets.federated import Holdings
 
 BY_COUNT = ["iid", "shards", "dirichlet", "quantity", "feature-shift"]
@@ -56,6 +56,16 @@ def test_a_split_is_a_partition_by_seed_alone(
     assert is_partition(first, rows)
     np.random.seed(1)  # noqa: NPY002  a global generator must not matter
     assert same(first, split(kind, deal, clients=clients, **keys))
+
+
+@pytest.mark.parametrize("clients", [1, TOGETHER, TOGETHER + 1, 3 * TOGETHER])
+def test_rows_dealt_in_turn_are_those_of_each_client_in_their_order(clients: int) -> None:
+    draws = np.random.default_rng(clients)
+    sizes = draws.integers(0, 5, clients)
+    order = draws.permutation(int(sizes.sum()))
+    client = np.empty(len(order), np.int64)
+    client[order] = np.repeat(np.arange(clients), sizes)
+    assert same(in_turn(order, sizes), by_client(client, clients))
 
 
 @settings(deadline=None)
