@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from umbel.core.extras import extra
 from umbel.datasets.build import label_counts
 from umbel.datasets.federated import FederatedData
 
@@ -34,8 +35,9 @@ def draw_split(data: FederatedData, path: Path, title: str) -> None:
         path: of the picture.
         title: its heading.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plots", str(path)):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     counts = label_counts(data)
     clients, classes = counts.shape

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from umbel.core.errors import InputError
+from umbel.core.extras import extra
 from umbel.server.database import translated
 from umbel.server.plots import check_format
 
@@ -23,8 +24,9 @@ def draw_matrix(report: Mapping[str, Any], path: Path, title: str) -> None:
     Raises:
         InputError: no experience was ended, or ``path`` cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plots", str(path)):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     check_format(path)
     if not report["matrix"]:

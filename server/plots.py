@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from umbel.core.errors import InputError, suggest
+from umbel.core.extras import extra
 from umbel.server import summary
 from umbel.server.database import translated
 from umbel.server.entries import RunEntry
@@ -35,8 +36,9 @@ def draw_run(runs: Sequence[Drawn], path: Path, metric: str | None = None) -> li
     Raises:
         InputError: no such metric, nothing was evaluated, or ``path`` cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plots", str(path)):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     check_format(path)
     names = _choose(runs, metric)

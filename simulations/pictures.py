@@ -8,6 +8,7 @@ import torch
 
 from umbel.client.training import load
 from umbel.core.errors import InputError
+from umbel.core.extras import extra
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
 from umbel.server.database import translated
@@ -43,7 +44,8 @@ def draw_samples(run: RunFile, model: Model, path: Path) -> tuple[int, int]:
         torch.manual_seed(0)
         shown = task.pictures(prepared.module.eval(), batch)
     rows, columns, depth, height = shown.shape[:4]
-    from matplotlib.image import imsave  # takes seconds to load
+    with extra("plots", str(path)):
+        from matplotlib.image import imsave  # takes seconds to load
 
     gap = max(1, height // 8)
     tiles = torch.nn.functional.pad(shown, (0, gap, 0, gap), value=1.0)

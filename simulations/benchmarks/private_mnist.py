@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from umbel.core.extras import extra
+
 DELTA = 1e-5
 
 HIDDEN = "the adversary sees the published models alone"
@@ -182,8 +184,9 @@ def _kept(
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """The curves as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plots", str(path)):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

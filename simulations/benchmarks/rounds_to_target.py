@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from umbel.core.extras import extra
 from umbel.core.run_file import resolve
 from umbel.server.plots import check_format
 from umbel.simulations.simulate import simulate
@@ -101,8 +102,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def draw(curves: Mapping[str, Sequence[float]], target: float, path: Path) -> None:
     """Accuracy by round, means over five rounds, and the target."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plots", str(path)):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from umbel.core.extras import extra
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.datasets.federated import FederatedData
@@ -26,8 +27,11 @@ def flower(
     read the data themselves, as sites do: ``data``, ``task`` and ``rule`` are what they will find.
 
     Raises:
+        InputError: Ray, in whose workers it runs, is not installed.
         RunError: it does not start.
     """
+    with extra("ray", "--engine flower"):
+        import ray  # noqa: F401  # Flower would start without, and fail in a thread
     announce("starting Flower's simulation: some ten seconds until the first round")
     from umbel.client.flower.app import app
     from umbel.client.flower.kept import FOLDER

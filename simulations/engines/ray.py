@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from umbel.core.errors import InputError
+from umbel.core.extras import extra
 from umbel.core.payloads import Federation
 from umbel.core.run_file import RunFile
 from umbel.datasets.federated import FederatedData
@@ -33,7 +34,8 @@ def ray(
 
     Raises:
         InputError: as :func:`~umbel.simulations.engines.vectorised.vectorised`; the device is not
-            the CPU; no cluster answers at the address; the user's own parts cannot be sent.
+            the CPU; Ray is not installed; no cluster answers at the address; the user's own parts
+            cannot be sent.
         RunError: no node has a CPU.
     """
     from dataclasses import replace
@@ -42,10 +44,12 @@ def ray(
     from umbel.simulations.dispatch import Dispatch, Dispatcher
     from umbel.simulations.engines.vectorised import Vectorised
     from umbel.simulations.plan import EnginePlan
-    from umbel.simulations.ray_cluster import join
-    from umbel.simulations.ray_dispatch import RayDispatch
-    from umbel.simulations.ray_worker import Subject
     from umbel.simulations.residents import Residents
+
+    with extra("ray", "--engine ray"):
+        from umbel.simulations.ray_cluster import join
+        from umbel.simulations.ray_dispatch import RayDispatch
+        from umbel.simulations.ray_worker import Subject
 
     residents = Residents(run, data, task, rule)
     device = residents.runtime.device

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from umbel.core.extras import extra
+
 if TYPE_CHECKING:  # matplotlib takes seconds to load
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -69,8 +71,9 @@ def _sweep(result: Mapping[str, Any], path: Path) -> Path:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plots", "pictures"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
