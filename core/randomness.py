@@ -72,7 +72,13 @@ def _in_place(stream: np.uint64, n: int, bits: int) -> npt.NDArray[np.int64]:
         numbers = np.arange(begin, min(begin + BLOCK, n), dtype=np.uint64)
         order[begin : begin + BLOCK] = (mix(stream, numbers) & ~mask) | numbers
     order.sort()
-    tied = np.flatnonzero((order[1:] ^ order[:-1]) <= mask)
+    tied = np.concatenate(
+        [
+            begin + np.flatnonzero((part[1:] ^ part[:-1]) <= mask)
+            for begin in range(0, n, BLOCK)
+            for part in (order[begin : begin + BLOCK + 1],)
+        ]
+    )
     order &= mask
     if len(tied):
         places = np.union1d(tied, tied + 1)
