@@ -20,7 +20,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-network test check lint types imports test-all format docs clean
+.PHONY: help install demo demo-network test check lint types imports test-all recipes format docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ imports: $(INSTALLED)  ## import-linter: imports go down only
 
 test-all: $(INSTALLED)  ## every test that can run here
 	$(BIN)/pytest $(PYTEST_FLAGS)
+
+recipes: $(INSTALLED)  ## every recipe whole, held to the figure that it states; ten minutes
+	$(BIN)/pytest $(PYTEST_FLAGS) -m "recipes or slow" tests/simulations/test_recipes.py
 
 format: $(INSTALLED)  ## rewrites the code in the one format
 	$(BIN)/ruff check --fix .

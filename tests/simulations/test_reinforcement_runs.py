@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from umbel.core.errors import InputError
-from umbel.core.run_file import RunFile, load, resolve
+from umbel.core.run_file import RunFile, resolve
 from umbel.core.trees import Tree
 from umbel.server.records import RoundRecord
 from umbel.server.store import RunStore
@@ -98,24 +97,3 @@ def test_secure_aggregation_changes_nothing(tmp_path: Path) -> None:
     for name, tensor in model(plain, tmp_path / "a").items():
         other = model(secure, tmp_path / "b")[name]
         torch.testing.assert_close(tensor, other, rtol=1e-3, atol=1e-3)
-
-
-def reached(name: str, bound: float, store: Path) -> float:
-    """The best return of a recipe's rounds; the run ends when that is reached."""
-
-    def enough(record: RoundRecord) -> str:
-        return "reached" if record.metrics.get("return", 0.0) >= bound else ""
-
-    recipe = str(files("umbel.simulations.recipes").joinpath(f"{name}.toml"))
-    made = load(recipe, [f"run.store={store}", "run.processes=0"])
-    outcome = simulate(made, until=enough)
-    return max(r.metrics["return"] for r in outcome.history if r.metrics)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "bound"),
-    [("cartpole-ppo", 400), ("cartpole-cloning", 450), ("grid-q-learning", 1), ("grid-dyna", 1)],
-)
-def test_recipes_reach_what_they_say(tmp_path: Path, name: str, bound: float) -> None:
-    assert reached(name, bound, tmp_path) >= bound
