@@ -33,6 +33,8 @@ RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 COMMAND = (sys.executable, "-P", "-m", "umbel.server.flower.run_process")
 
 STUMBLE_SECONDS = 2.0
+STOP_SECONDS = 10.0
+"""A run that was stopped has so long to end by itself."""
 LAST_WORDS_SECONDS = 10.0
 
 log = logging.getLogger("umbel.server")
@@ -67,6 +69,7 @@ class Manager:
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._told = ""
         self._stopping = ""
+        self._kill_at = 0.0
         self._not_before = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="run-manager")
@@ -190,16 +193,21 @@ class Manager:
                 self._over(event["status"], event.get("error", ""), hopeless=hopeless)
 
     def _obey(self, job: Job) -> None:
+        if self._stopping and time.monotonic() >= self._kill_at:
+            self._send(signal.SIGKILL)  # what is committed stays
         if not job.wanted or job.wanted == self._told:
             return
         self._told = job.wanted
         if job.wanted == "pause":
             self._tell("pause")
             return
-        self._stopping = "stopped"
+        self._stopping, self._kill_at = "stopped", time.monotonic() + STOP_SECONDS
+        self._send(signal.SIGINT)
+
+    def _send(self, number: int) -> None:
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGINT)
+            os.killpg(self._process.pid, number)
 
     def _over(self, status: str, error: str, *, hopeless: bool = False) -> None:
         """Enters how the process ended; the run may go on."""
@@ -225,13 +233,11 @@ class Manager:
 
     def _end_process(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
+            self._send(signal.SIGTERM)
             try:
                 self._process.wait(timeout=10)
             except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._send(signal.SIGKILL)
                 self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 with contextlib.suppress(BrokenPipeError):

@@ -8,6 +8,7 @@ memory and not the server.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import threading
 import time
@@ -69,6 +70,7 @@ def load(
 ) -> Loaded:
     """Runs a federation of ``training`` sites for ``seconds`` while ``idle`` more wait for work."""
     folder.mkdir(parents=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request is a load of its own
     trainers = [f"site-{number:02d}" for number in range(training)]
     places = [Place(name, _data(folder, name)) for name in trainers]
     places += [Place(f"idle-{number:03d}") for number in range(idle)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -156,6 +157,8 @@ def _status(run: RunFile, run_id: str) -> str:
 
 def main() -> int:
     """The entry point."""
+    # A server that a script started with `&` passes on that SIGINT is to be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

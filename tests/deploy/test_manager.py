@@ -43,6 +43,8 @@ for word in plan.split():
     elif word == "pause":
         assert sys.stdin.readline().strip() == "pause"
         say("ended", status="paused")
+    elif word == "deaf":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     elif word == "hang":
         time.sleep(600)
     elif word.startswith("fail"):
@@ -225,3 +227,15 @@ def test_a_run_is_found_by_the_beginning_of_its_name(folder: ServerFolder) -> No
     for name in ("ab", "", "x"):
         with pytest.raises(InputError, match="run"):
             jobs.get(name)
+
+
+def test_a_run_that_does_not_hear_the_order_to_stop_is_ended(
+    folder: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.5)
+    jobs = Jobs(folder.jobs_database)
+    job = jobs.submit(run_file(), "", 0)
+    with managed(folder, "deaf start 1 hang"):
+        until(lambda: jobs.get(job.id).round == 1)
+        jobs.want(jobs.get(job.id), "stop")
+        assert over(folder, job).state == "stopped"
