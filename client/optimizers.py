@@ -130,6 +130,9 @@ class Stacked:
                 self._adam(params, gradients)
 
     def _sgd(self, params: list[Tensor], gradients: list[Tensor]) -> None:
+        if not (self._section.momentum or self._section.weight_decay):
+            torch._foreach_add_(params, gradients, alpha=-self._lr)  # what is below, in one call
+            return
         momenta: list[Tensor | None] = [m[: len(params[0])] for m in self._first]
         momenta = momenta or [None] * len(params)
         sgd(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
 from umbel.simulations.kernels.rectify import rectify_late
 from umbel.tasks.evaluate import add_sums
 from umbel.tasks.task import Batch
+
+GATHERED = 2**22
+"""Bytes of examples that are put side by side at once."""
 
 
 class Lean:
@@ -50,7 +55,7 @@ class Lean:
         stacks = {n: start[n].new_empty(clients, *t.shape) for n, t in moving.items()}
         stacks |= {n: torch.empty_like(t) for n, t in around.start.items() if "/" in n}
         totals: dict[str, Tensor] = {}
-        counts = chunk.counts.tolist()
+        widths = [[w for w in counts if w] for counts in chunk.counts.T.tolist()]
         device = self._subject.runtime.device
         follow = self._subject.runtime.task.follow
         for client in range(clients):
@@ -65,15 +70,10 @@ class Lean:
                 if chunk.seeds is not None
                 else contextlib.nullcontext()
             ):
-                for step, (rows, width) in enumerate(
-                    zip(chunk.rows[:, client], counts, strict=True)
-                ):
-                    if width[client]:
-                        if follow is not None:
-                            follow(self._own, step)
-                        now = mine._replace(step=step)
-                        at = rows[: width[client]]
-                        self._step(now, along, chunk.columns, at, optimizer, sums)
+                for step, batch in enumerate(self._batches(chunk, client, widths[client])):
+                    if follow is not None:
+                        follow(self._own, step)
+                    self._step(mine._replace(step=step), along, batch, optimizer, sums)
             for name, tensor in {**moving, **along}.items():
                 stacks[name][client] = tensor
             for name, value in sums.items():
@@ -84,8 +84,7 @@ class Lean:
         self,
         around: Around,
         along: Tree,
-        columns: Batch,
-        rows: Tensor,
+        batch: Batch,
         optimizer: optimizers.Stacked,
         sums: dict[str, Tensor],
     ) -> None:
@@ -96,24 +95,29 @@ class Lean:
             leaves = {n: t.detach().requires_grad_() for n, t in along.items()}
             trained, stepped = {**trained, **leaves}, stepped + [t[None] for t in along.values()]
         local = around.local(trained)
-        pieces = min(runtime.run.client.accumulation, len(rows))
+        size = len(next(iter(batch.values())))
         found: list[Tensor] = []
-        for piece in np.array_split(np.arange(len(rows)), pieces):
-            at = rows[piece[0] : piece[-1] + 1]
-            batch = {name: column.index_select(0, at) for name, column in columns.items()}
-            if self._channels_last:
-                batch = map_tree(lambda t: _channels_last(t) if t.dim() == 4 else t, batch)
-            value, figures = runtime.objective(self._own, local, batch)
-            parts = torch.autograd.grad(
-                value * (len(at) / len(rows)), list(trained.values()), materialize_grads=True
+        for part in self._parts(batch, size):
+            value, figures = runtime.objective(self._own, local, part)
+            share = len(next(iter(part.values()))) / size
+            gradients = torch.autograd.grad(
+                value if share == 1 else value * share,
+                list(trained.values()),
+                materialize_grads=True,
             )
-            found = [a + b for a, b in zip(found, parts, strict=True)] if found else list(parts)
-            add_sums(sums, figures, lambda v: v.sum())
+            if found:
+                found = [a + b for a, b in zip(found, gradients, strict=True)]
+            else:
+                found = list(gradients)
+            add_sums(sums, figures, torch.Tensor.sum)
+        after, transforms = runtime.rule.after, runtime.rule.grad_transforms
+        if after is None and not transforms:
+            optimizer.step(stepped, [g[None] for g in found])
+            return
         gradient: Tree = dict(zip(trained, found, strict=True))
-        after = runtime.rule.after
         with torch.no_grad():
             detached = map_tree(lambda p: p.detach(), trained)
-            if runtime.rule.grad_transforms:
+            if transforms:
                 gradient = runtime.rule.gradient(gradient, around.local(detached))
             before = map_tree(torch.clone, detached) if after is not None else {}
             optimizer.step(stepped, [gradient[name][None] for name in trained])
@@ -121,6 +125,32 @@ class Lean:
                 new = map_tree(torch.clone, detached)
                 for name, tensor in after(new, gradient, around.local(before)).items():
                     detached[name].copy_(tensor)
+
+    def _parts(self, batch: Batch, size: int) -> list[Batch]:
+        """A step's batch as its micro-batches."""
+        pieces = min(self._subject.runtime.run.client.accumulation, size)
+        if pieces == 1:
+            return [batch]
+        ends = [0, *np.cumsum([len(part) for part in np.array_split(np.arange(size), pieces)])]
+        return [
+            {name: column[begin:end] for name, column in batch.items()}
+            for begin, end in pairwise(ends)
+        ]
+
+    def _batches(self, chunk: Chunk, client: int, widths: Sequence[int]) -> Iterator[Batch]:
+        """What a client steps on: gathered for several steps at once, and handed out as views."""
+        row = sum(column[:1].nbytes for column in chunk.columns.values())
+        steps = max(1, GATHERED // (row * max(widths, default=1)))
+        for first in range(0, len(widths), steps):
+            taken = widths[first : first + steps]
+            rows = [chunk.rows[first + i, client, :width] for i, width in enumerate(taken)]
+            at = torch.cat(rows)
+            held = {name: column.index_select(0, at) for name, column in chunk.columns.items()}
+            if self._channels_last:
+                held = map_tree(lambda t: _channels_last(t) if t.dim() == 4 else t, held)
+            parts = {name: column.split(taken) for name, column in held.items()}
+            for i in range(len(taken)):
+                yield {name: views[i] for name, views in parts.items()}
 
 
 def _channels_last(images: Tensor) -> Tensor:
