@@ -79,9 +79,7 @@ def imported(path: Path) -> set[str]:
 def test_every_package_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    # Of what develops Umbel, the code itself knows one: it times Opacus where it is installed.
-    wanted = [line for line in extras["dev"] if line.startswith("opacus")]
-    wanted += sum(
+    wanted = sum(
         (lines for name, lines in extras.items() if name != "dev"), project["dependencies"]
     )
     declared = {re.split(r"[^\w-]", line)[0] for line in wanted}
