@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +22,7 @@ import torch
 from umbel.core import audit_log
 from umbel.core.run_file import RunFile, resolve
 from umbel.deploy.endurance.parts import NAMES, two_sites
+from umbel.deploy.hosting import environment
 from umbel.deploy.jobs import Job
 from umbel.deploy.network import SERVER, Network
 from umbel.server.continual import kept_report
@@ -45,11 +50,28 @@ def run_file(rounds: int, **changes: dict[str, Any]) -> RunFile:
     return resolve(table)
 
 
+EXTRAS = ("ray", "matplotlib", "opacus", "transformers", "peft", "optuna", "gymnasium", "psycopg")
+"""What `pip install umbel` does not bring."""
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    folder = tmp_path_factory.mktemp("network")
-    with Network(folder, two_sites(folder)) as network:
-        yield network
+    """Processes that cannot import what no site and no server needs."""
+    folder, lacks = tmp_path_factory.mktemp("network"), tmp_path_factory.mktemp("lacks")
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"
+    (lacks / "sitecustomize.py").write_text(blocked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(lacks), prepend=os.pathsep)
+        with Network(folder, two_sites(folder)) as network:
+            yield network
+
+
+def test_servers_and_sites_are_started_without_the_extras(network: Network) -> None:
+    probe = "import sys; print(sorted(n for n, m in sys.modules.items() if m is None))"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env=environment(network.folder), stdout=subprocess.PIPE
+    )
+    assert set(EXTRAS) <= set(ast.literal_eval(done.stdout.decode()))
 
 
 def stored(network: Network, job: Job) -> tuple[dict[str, torch.Tensor], list[Any]]:
