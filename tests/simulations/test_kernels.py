@@ -15,6 +15,7 @@ from umbel.core.trees import map_tree, norm, subtract
 from umbel.datasets.federated import FederatedData, Holdings, Info, Numbered
 from umbel.simulations.engines.sequential import sequential
 from umbel.simulations.engines.vectorised import vectorised
+from umbel.simulations.kernels import lean
 from umbel.simulations.kernels.kernel import Obstacle
 from umbel.simulations.kernels.rectify import rectify_late
 from umbel.simulations.kernels.trace import trace
@@ -224,6 +225,13 @@ PLANS = [(cnn, "grouped:chunk=3"), (mlp, "stacked"), (cnn, "vmap"), (cnn, "lean"
 )
 def test_settings(build, plan, client):
     assert_same(stack(sequential, build, **client), train(vectorised, build, plan=plan, **client))
+
+
+@pytest.mark.parametrize("kept", [1, 3000], ids=["a step at a time", "some steps"])
+@pytest.mark.parametrize("client", [{}, {"accumulation": 3}], ids=str)
+def test_lean_gathers_what_there_is_room_for(monkeypatch, kept, client):
+    monkeypatch.setattr(lean, "GATHERED", kept)
+    assert_same(stack(sequential, cnn, **client), train(vectorised, cnn, plan="lean", **client))
 
 
 @pytest.mark.parametrize(("build", "plan"), PLANS, ids=lambda p: getattr(p, "__name__", p))
