@@ -142,13 +142,13 @@ class Lean:
         row = sum(column[:1].nbytes for column in chunk.columns.values())
         steps = max(1, GATHERED // (row * max(widths, default=1)))
         for first in range(0, len(widths), steps):
-            taken = widths[first : first + steps]
+            taken = list(widths[first : first + steps])
             rows = [chunk.rows[first + i, client, :width] for i, width in enumerate(taken)]
             at = torch.cat(rows)
             held = {name: column.index_select(0, at) for name, column in chunk.columns.items()}
             if self._channels_last:
                 held = map_tree(lambda t: _channels_last(t) if t.dim() == 4 else t, held)
-            parts = {name: column.split(taken) for name, column in held.items()}
+            parts = {name: torch.split(column, taken) for name, column in held.items()}
             for i in range(len(taken)):
                 yield {name: views[i] for name, views in parts.items()}
 
