@@ -64,7 +64,7 @@ class Lean:
             for name, tensor in moving.items():
                 tensor.copy_(mine.start.get(name, start[name]))
             optimizer = optimizers.Stacked(self._subject.runtime.run.client, lr)
-            sums: dict[str, Tensor] = {}
+            seen: dict[str, list[Tensor]] = {}
             with (
                 devices.seeded(device, chunk.seeds[client])
                 if chunk.seeds is not None
@@ -73,9 +73,11 @@ class Lean:
                 for step, batch in enumerate(self._batches(chunk, client, widths[client])):
                     if follow is not None:
                         follow(self._own, step)
-                    self._step(mine._replace(step=step), along, batch, optimizer, sums)
+                    self._step(mine._replace(step=step), along, batch, optimizer, seen)
             for name, tensor in {**moving, **along}.items():
                 stacks[name][client] = tensor
+            sums: dict[str, Tensor] = {}
+            add_sums(sums, {n: torch.cat(parts) for n, parts in seen.items()}, torch.Tensor.sum)
             for name, value in sums.items():
                 totals.setdefault(name, value.new_zeros(clients))[client] = value
         return Trained(stacks, totals)
@@ -86,7 +88,7 @@ class Lean:
         along: Tree,
         batch: Batch,
         optimizer: optimizers.Stacked,
-        sums: dict[str, Tensor],
+        seen: dict[str, list[Tensor]],
     ) -> None:
         runtime = self._subject.runtime
         trained: Tree = self._params
@@ -109,7 +111,8 @@ class Lean:
                 found = [a + b for a, b in zip(found, gradients, strict=True)]
             else:
                 found = list(gradients)
-            add_sums(sums, figures, torch.Tensor.sum)
+            for name, values in figures.items():
+                seen.setdefault(name, []).append(values)
         after, transforms = runtime.rule.after, runtime.rule.grad_transforms
         if after is None and not transforms:
             optimizer.step(stepped, [g[None] for g in found])
