@@ -39,9 +39,9 @@ from umbel.tasks.task import Task
 TRIAL = 32
 """Examples that the trial looks at, at most."""
 
-LONG = 1e9
-"""Examples times bytes of the model in a round, from which on no single chunk takes it all: about
-a fifth of a second on one core."""
+LONG = 1e8
+"""Examples times bytes of the model in a round, from which on no single chunk takes it all: on one
+core some milliseconds of a perceptron, a tenth of a second of a small convolutional network."""
 
 NARROW = 4
 """Clients of a chunk that is made smaller for the sake of other cores, at least."""
