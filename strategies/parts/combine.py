@@ -101,7 +101,7 @@ def weighted_mean() -> Combiner:
 
 def _running(total: Tensor, stack: Tensor, weights: Tensor) -> Tensor:
     """``total`` (*shape) plus the rows of ``stack`` (n, *shape) by weight, one after another."""
-    rows = stack.reshape(len(stack), -1).double() * weights[:, None]
+    rows = stack.detach().reshape(len(stack), -1).double() * weights[:, None]
     rows[0] += total.flatten()
     # NumPy adds row to row, but a single column, which is contiguous, in pairs; Torch does always.
     found = rows.cumsum(0)[-1] if rows.shape[1] == 1 else np.add.reduce(rows.numpy(), axis=0)
