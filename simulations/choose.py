@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 import torch
 
 from umbel.core.errors import InputError, UmbelError
-from umbel.core.trees import Tree
+from umbel.core.trees import Tree, norm
 from umbel.simulations import plan_cache, private_trial, trial
 from umbel.simulations.kernels.build import KERNELS
 from umbel.simulations.kernels.kernel import Chunk, Kernel, Obstacle, Subject
 from umbel.simulations.kernels.private import Private
 from umbel.simulations.plan import WHERE, Choice, EnginePlan
+from umbel.simulations.residents import reason
 
 AnyKernel: TypeAlias = Kernel | Private
 
@@ -36,6 +37,16 @@ CHUNK = 5e-4
 GAIN = 0.95
 """A larger chunk must take this share of the time for one client, or less."""
 
+LONG = 1200.0
+"""Seconds of one core that a run on a CPU takes, from which on compiled steps are tried as well: to
+compile one costs ten to a hundred and forty, and most gain nothing."""
+
+AGREEMENT = 1e-2
+"""Relative difference of what two kernels train, beyond which they do not compute the same."""
+
+SHORT = 1000
+"""Clients' first steps in a run, below which a model that only one kernel takes is not timed."""
+
 TOGETHER = 8
 """Clients of a chunk where they are trained one after another anyway: what a failure repeats."""
 
@@ -46,6 +57,7 @@ def choose(
     sample: Sample,
     most: int,
     pinned: EnginePlan | None,
+    work: float = 0.0,
 ) -> tuple[Choice, AnyKernel]:
     """The plan for a model, from a pin, from an earlier run, or from a trial.
 
@@ -57,36 +69,89 @@ def choose(
         sample: gives chunks.
         most: the most clients that a chunk can have, by cohort and memory.
         pinned: no other is considered.
+        work: how often some client takes :data:`STEPS` steps in the run.
 
     Raises:
         InputError: the pinned plan cannot train this model.
         Obstacle: not even the lean kernel can.
     """
-    make = trial.make if subject.runtime.private is None else _make_private
     if pinned is not None:
         try:
-            return Choice(pinned, "pinned", {}, {}), make(pinned.kernel, subject, examination)
+            kernel = _make(pinned, subject, examination, sample, most)
+            return Choice(pinned, "pinned", {}, {}), kernel
         except Obstacle as why:
             raise InputError(
                 f"the plan '{pinned}' cannot train this model: {why}",
                 where=WHERE,
                 fix="leave the plan out, and one is chosen",
             ) from None
-    key = plan_cache.key(subject, examination.given, most)
+    key = plan_cache.key(subject, examination.given, most, work)
     if (known := _recall(key)) is not None:
         try:
-            return known, make(known.plan.kernel, subject, examination)
+            return known, _make(known.plan, subject, examination, sample, most)
         except Obstacle:
             pass  # the same text, another model: its code has changed
-    compare = _compare if subject.runtime.private is None else _compare_private
-    choice, kernel = compare(subject, examination, sample, most)
+    if subject.runtime.private is None:
+        choice, kernel = _compare(subject, examination, sample, most, work)
+    else:
+        choice, kernel = _compare_private(subject, examination, sample, most)
     if choice.source == "trial":
         plan_cache.remember(key, choice.record())
     return choice, kernel
 
 
+def _make(
+    plan: EnginePlan,
+    subject: Subject,
+    examination: trial.Examination,
+    sample: Sample,
+    most: int,
+) -> AnyKernel:
+    if subject.runtime.private is None:
+        plain = trial.make(plan.kernel, subject, examination)
+        return _compile(plan.kernel, plain, subject, sample, most) if plan.compiled else plain
+    if plan.compiled:
+        raise Obstacle("its gradients are of single examples, and these are not compiled")
+    return _make_private(plan.kernel, subject, examination)
+
+
+def _compile(name: str, plain: Kernel, subject: Subject, sample: Sample, most: int) -> Kernel:
+    """The same kernel with its steps compiled, if it trains some clients as it does without.
+
+    Raises:
+        Obstacle: it does not, or cannot be compiled.
+    """
+    anchor = _anchor(subject)
+    lr = subject.runtime.run.client.lr
+    try:
+        work = sample(min(2, most), STEPS)
+        work = _evened(work) if plain.even else work
+        truth = plain.train(anchor, work, lr).tensors
+    except UmbelError:
+        raise
+    except Exception as error:  # a client's data, which that client will answer for
+        raise Obstacle(f"no compiled step can be tried on its data: {reason(error)}") from error
+    try:
+        kernel = KERNELS[name](subject._replace(compiled=True))
+        found = kernel.train(anchor, work, lr).tensors
+    except (UmbelError, Obstacle):
+        raise
+    except Exception as error:  # whatever torch.compile does not like, or no compiler is here
+        inner = getattr(error, "inner_exception", error)  # of torch.compile's own
+        raise Obstacle(f"a step cannot be compiled: {reason(inner)}") from error
+    moved = norm({n: truth[n] - p for n, p in anchor.items()})
+    apart = norm({n: found[n] - truth[n] for n in anchor})
+    if not apart <= AGREEMENT * moved:
+        raise Obstacle("compiled, a step leads elsewhere")
+    return kernel
+
+
+def _anchor(subject: Subject) -> Tree:
+    return {n: p.detach() for n, p in subject.module.named_parameters() if p.requires_grad}
+
+
 def _compare(
-    subject: Subject, examination: trial.Examination, sample: Sample, most: int
+    subject: Subject, examination: trial.Examination, sample: Sample, most: int, work: float
 ) -> tuple[Choice, AnyKernel]:
     refused: dict[str, str] = {}
     made: dict[str, Kernel] = {}
@@ -99,32 +164,55 @@ def _compare(
             refused[name] = str(why)
     if not made:
         raise Obstacle(refused["lean"])
-    anchor = {n: p.detach() for n, p in subject.module.named_parameters() if p.requires_grad}
+    anchor = _anchor(subject)
     lr = subject.runtime.run.client.lr
     lean = EnginePlan("lean", TOGETHER)
-    if list(made) == ["lean"]:
+    on_gpu = subject.runtime.device.type == "cuda"
+    if list(made) == ["lean"] and not on_gpu and work < SHORT:
         return Choice(lean, "trial", {}, refused), made["lean"]
+    compiled: dict[str, Kernel] = {}
 
     def measure(plan: EnginePlan, clients: int, best: float) -> float:
-        kernel, work = made[plan.kernel], sample(clients, STEPS)
-        return _seconds(kernel, anchor, _evened(work) if kernel.even else work, lr, best)
+        kernel = (compiled if plan.compiled else made)[plan.kernel]
+        some = sample(clients, STEPS)
+        return _seconds(kernel, anchor, _evened(some) if kernel.even else some, lr, best)
 
     others = [name for name in made if name != "lean"]
     try:
         seconds = {lean: measure(lean, 1, float("inf"))}
         start = max(2, min(FIRST, int(SECONDS / seconds[lean])))
         for name in others:
-            seconds |= _climb(name, min(start, most), most, measure)
+            seconds |= _climb(EnginePlan(name), min(start, most), most, measure)
+        fastest = _fastest(seconds)
+        if on_gpu or seconds[fastest] * work > LONG:
+            for name in dict.fromkeys((fastest.kernel, "vmap")):
+                try:
+                    plain = made[name] if name in made else trial.make(name, subject, examination)
+                    compiled[name] = _compile(name, plain, subject, sample, most)
+                except Obstacle as why:
+                    refused[f"{name}:compile"] = str(why)
+                    continue
+                plan = EnginePlan(name, compiled=True)
+                if name == "lean":
+                    seconds[lean._replace(compiled=True)] = measure(plan, 1, float("inf"))
+                else:
+                    seconds |= _climb(plan, min(start, most), most, measure)
+            fastest = _fastest(seconds)
     except UmbelError:
         raise
     except Exception:  # a client's data, which that client will answer for; times say nothing
+        if not others:
+            return Choice(lean, "default", {}, refused), made["lean"]
         usual = EnginePlan(others[0], min(FIRST, most) if others[0] == "grouped" else None)
         return Choice(usual, "default", {}, refused), made[usual.kernel]
-    # A cohort in one piece, wherever that costs nothing that a trial could tell.
-    whole = [EnginePlan(name) for name in others if EnginePlan(name) in seconds]
-    fastest = min(seconds, key=lambda plan: seconds[plan] * (0.9 if plan in whole else 1))
     figures = {str(plan): value for plan, value in seconds.items()}
-    return Choice(fastest, "trial", figures, refused), made[fastest.kernel]
+    kernel = (compiled if fastest.compiled else made)[fastest.kernel]
+    return Choice(fastest, "trial", figures, refused), kernel
+
+
+def _fastest(seconds: dict[EnginePlan, float]) -> EnginePlan:
+    """A cohort in one piece, wherever that costs nothing that a trial could tell."""
+    return min(seconds, key=lambda plan: seconds[plan] * (0.9 if plan.chunk is None else 1))
 
 
 def _make_private(name: str, subject: Subject, examination: trial.Examination) -> AnyKernel:
@@ -146,7 +234,7 @@ def _compare_private(
         except Obstacle as why:
             refused[name] = str(why)
             continue
-        anchor = {n: p.detach() for n, p in subject.module.named_parameters() if p.requires_grad}
+        anchor = _anchor(subject)
 
         def measure(
             plan: EnginePlan,
@@ -161,7 +249,7 @@ def _compare_private(
         try:
             # One client at a time is what is best where two already leave the cache.
             seconds = {EnginePlan(name, 1): measure(EnginePlan(name, 1), 1, float("inf"))}
-            seconds |= _climb(name, min(FIRST, most), most, measure)
+            seconds |= _climb(EnginePlan(name), min(FIRST, most), most, measure)
         except UmbelError:
             raise
         except Exception:  # a client's data, which that client will answer for
@@ -175,7 +263,7 @@ def _compare_private(
 
 
 def _climb(
-    name: str, start: int, most: int, measure: Callable[[EnginePlan, int, float], float]
+    of: EnginePlan, start: int, most: int, measure: Callable[[EnginePlan, int, float], float]
 ) -> dict[EnginePlan, float]:
     """Times chunks of a kernel, each twice as large, while that pays and there is room.
 
@@ -185,7 +273,7 @@ def _climb(
     found: dict[EnginePlan, float] = {}
     clients, best = start, float("inf")
     while True:
-        plan = EnginePlan(name, clients if clients < most else None)
+        plan = of._replace(chunk=clients if clients < most else None)
         found[plan] = measure(plan, clients, best) + CHUNK / clients
         if found[plan] > GAIN * best or clients == most or found[plan] * clients > SECONDS:
             return found

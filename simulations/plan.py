@@ -16,36 +16,44 @@ class EnginePlan(NamedTuple):
     Args:
         kernel: its name.
         chunk: the most clients in one computation; ``None``: as many as memory allows.
+        compiled: whether a step is compiled.
     """
 
     kernel: str
     chunk: int | None = None
+    compiled: bool = False
 
     def __str__(self) -> str:
-        return self.kernel if self.chunk is None else f"{self.kernel}:chunk={self.chunk}"
+        options = [] if self.chunk is None else [f"chunk={self.chunk}"]
+        options += ["compile"] if self.compiled else []
+        return ":".join([self.kernel, *([",".join(options)] if options else [])])
 
     @classmethod
     def parse(cls, text: str) -> EnginePlan:
-        """The inverse of ``str``: ``kernel`` or ``kernel:chunk=N``.
+        """The inverse of ``str``: ``kernel``, ``kernel:chunk=N`` or ``kernel:chunk=N,compile``.
 
         Raises:
-            InputError: no such kernel, another key, or a chunk below one.
+            InputError: no such kernel, another option, or a chunk below one.
         """
-        kernel, _, option = text.partition(":")
+        kernel, _, options = text.partition(":")
         if kernel not in KERNELS:
             raise InputError(
                 f"unknown kernel '{kernel}'", where=WHERE, fix=suggest(kernel, KERNELS)
             )
-        if not option:
-            return cls(kernel)
-        key, _, number = option.partition("=")
-        if key != "chunk" or not number.isdecimal() or int(number) < 1:
-            raise InputError(
-                f"'{option}' is not chunk=N with N at least 1",
-                where=WHERE,
-                fix=f"write '{kernel}:chunk=5'",
-            )
-        return cls(kernel, int(number))
+        plan = cls(kernel)
+        for option in options.split(",") if options else ():
+            key, _, number = option.partition("=")
+            if option == "compile":
+                plan = plan._replace(compiled=True)
+            elif key == "chunk" and number.isdecimal() and int(number) > 0:
+                plan = plan._replace(chunk=int(number))
+            else:
+                raise InputError(
+                    f"'{option}' is neither chunk=N with N at least 1 nor compile",
+                    where=WHERE,
+                    fix=f"write '{kernel}:chunk=5' or '{kernel}:chunk=5,compile'",
+                )
+        return plan
 
 
 class Choice(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -32,13 +33,14 @@ def path() -> Path:
     return Path(root) / "umbel" / "engine-plans.json"
 
 
-def key(subject: Subject, batch: Batch, clients: int) -> str:
+def key(subject: Subject, batch: Batch, clients: int, work: float) -> str:
     """What a plan depends on: the model, how it is trained, on what, where, with which torch.
 
     Args:
         subject: what is trained.
         batch: examples, for their shapes.
         clients: how many train in a round.
+        work: how much there is to do in the run, in any unit; its power of ten counts.
     """
     runtime, now = subject.runtime, versions()
     parts = {
@@ -53,6 +55,7 @@ def key(subject: Subject, batch: Batch, clients: int) -> str:
         ],
         "examples": {name: [list(c.shape), str(c.dtype)] for name, c in batch.items()},
         "clients": clients,
+        "work": round(math.log10(max(work, 1))),
         "privacy": None if runtime.private is None else runtime.run.privacy.clipping,
         "machine": _machine(runtime),
         "versions": [now["umbel"], now.get("commit"), now["torch"]],

@@ -23,7 +23,7 @@ from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, flatten, unflatten
 from umbel.datasets.federated import FederatedData
 from umbel.simulations import chunks, stacks, trial
-from umbel.simulations.choose import AnyKernel, choose
+from umbel.simulations.choose import STEPS, AnyKernel, choose
 from umbel.simulations.dispatch import Dispatch, Dispatcher
 from umbel.simulations.groups import Group, groups
 from umbel.simulations.kernels.kernel import Obstacle
@@ -213,7 +213,8 @@ class Vectorised:
 
         subject = self._trainer.subject(examination.draws, plan.shared)
         try:
-            choice, kernel = choose(subject, examination, sample, together, self._pinned)
+            work = self._work(float(sizes.mean()) * growth, min(len(plan.clients), plan.wanted))
+            choice, kernel = choose(subject, examination, sample, together, self._pinned, work)
         except Obstacle as obstacle:
             self._say(str(obstacle))
             return _Found(None, None, False, footprint)
@@ -222,6 +223,13 @@ class Vectorised:
         if choice.plan.kernel == "lean" and choice.source != "pinned" and why:
             self._say(why)
         return _Found(kernel, choice, examination.draws, footprint, growth)
+
+    def _work(self, size: float, clients: int) -> float:
+        """How often, in the run, some client takes as many steps as in the trial."""
+        run, (epochs, steps) = self._runtime.run, self._runtime.run.round_length
+        batch = run.client.batch_size
+        taken = steps or (epochs or 1) * (1.0 if batch == "full" else max(1.0, size / batch))
+        return run.run.rounds * clients * taken / STEPS
 
     def _examples(self, footprint: chunks.Footprint) -> int:
         """How many a private computation may hold."""

@@ -36,7 +36,7 @@ def _axes(dims: Any) -> tuple[int, ...]:
 def aligned(scope: Scope, *given: Any) -> list[Any]:
     """Rows that broadcast as the clients' own tensors would; numbers stay."""
     found = [_rows(scope, x) if isinstance(x, Value | Tensor) else x for x in given]
-    most = max((x.dim() for x in found if isinstance(x, Tensor)), default=0)
+    most = max([0, *[x.dim() for x in found if isinstance(x, Tensor)]])
     return [
         x.view(len(x), *[1] * (most - x.dim()), *x.shape[1:])
         if isinstance(x, Tensor) and x.dim() < most

@@ -29,12 +29,14 @@ class Subject(NamedTuple):
             before each round, and no kernel changes it.
         draws: whether the model draws random numbers in training.
         shared: what the strategy broadcasts besides the model, for trials.
+        compiled: whether a step is compiled.
     """
 
     runtime: ClientRuntime
     module: nn.Module
     draws: bool
     shared: Trees = NONE
+    compiled: bool = False
 
 
 class Chunk(NamedTuple):

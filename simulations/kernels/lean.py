@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from umbel.client import devices, optimizers
 from umbel.core.trees import Tree, map_tree
 from umbel.simulations.kernels.around import Around
+from umbel.simulations.kernels.compiled import compiled
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
 from umbel.simulations.kernels.rectify import rectify_late
+from umbel.simulations.kernels.vmap import gradient as gradient_of
 from umbel.tasks.evaluate import add_sums
 from umbel.tasks.task import Batch
 
@@ -45,6 +47,16 @@ class Lean:
             self._own.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._params = {n: p for n, p in self._own.named_parameters() if p.requires_grad}
         self._stepped = [p.detach()[None] for p in self._params.values()]
+        self._gradient = None
+        if subject.compiled:
+            if subject.draws:
+                raise Obstacle("compiled, it would draw other random numbers")
+            if subject.runtime.run.client.accumulation > 1:
+                raise Obstacle("compiled, a step is of one piece, and [client] accumulation is set")
+            runtime = subject.runtime
+            self._gradient = compiled(
+                gradient_of(runtime.task, runtime.rule, self._own), runtime.device
+            )
 
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
@@ -96,6 +108,13 @@ class Lean:
         if along:
             leaves = {n: t.detach().requires_grad_() for n, t in along.items()}
             trained, stepped = {**trained, **leaves}, stepped + [t[None] for t in along.values()]
+        if self._gradient is not None:
+            detached = map_tree(lambda p: p.detach(), trained)
+            whole, sums = self._gradient(around, detached, batch)
+            for name, value in sums.items():
+                seen.setdefault(name, []).append(value[None])
+            self._settle(around, detached, stepped, whole, optimizer)
+            return
         local = around.local(trained)
         size = len(next(iter(batch.values())))
         found: list[Tensor] = []
@@ -113,21 +132,33 @@ class Lean:
                 found = list(gradients)
             for name, values in figures.items():
                 seen.setdefault(name, []).append(values)
-        after, transforms = runtime.rule.after, runtime.rule.grad_transforms
-        if after is None and not transforms:
+        if runtime.rule.after is None and not runtime.rule.grad_transforms:
             optimizer.step(stepped, [g[None] for g in found])
             return
         gradient: Tree = dict(zip(trained, found, strict=True))
-        with torch.no_grad():
-            detached = map_tree(lambda p: p.detach(), trained)
-            if transforms:
+        detached = map_tree(lambda p: p.detach(), trained)
+        if runtime.rule.grad_transforms:
+            with torch.no_grad():
                 gradient = runtime.rule.gradient(gradient, around.local(detached))
-            before = map_tree(torch.clone, detached) if after is not None else {}
-            optimizer.step(stepped, [gradient[name][None] for name in trained])
+        self._settle(around, detached, stepped, gradient, optimizer)
+
+    def _settle(
+        self,
+        around: Around,
+        params: Tree,
+        stepped: Sequence[Tensor],
+        gradient: Tree,
+        optimizer: optimizers.Stacked,
+    ) -> None:
+        """Takes the step, in place, and what the rule makes of it."""
+        after = self._subject.runtime.rule.after
+        with torch.no_grad():
+            before = map_tree(torch.clone, params) if after is not None else {}
+            optimizer.step(list(stepped), [gradient[name][None] for name in params])
             if after is not None:
-                new = map_tree(torch.clone, detached)
+                new = map_tree(torch.clone, params)
                 for name, tensor in after(new, gradient, around.local(before)).items():
-                    detached[name].copy_(tensor)
+                    params[name].copy_(tensor)
 
     def _parts(self, batch: Batch, size: int) -> list[Batch]:
         """A step's batch as its micro-batches."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -176,15 +177,36 @@ def _filled(node: fx.Node, function: Callable[..., Any]) -> Layer:
     if args == tuple(nodes) and not options:
         return function
 
+    inputs_at = {node: _Input(at) for at, node in enumerate(nodes)}
+    form: Any = fx.node.map_arg((args, options), inputs_at.__getitem__)  # type: ignore[arg-type]
+
     def layer(scope: Scope, *inputs: Any) -> Any:
-        given = dict(zip(nodes, inputs, strict=True))
-        return function(
-            scope,
-            *fx.node.map_arg(args, given.__getitem__),
-            **fx.node.map_arg(options, given.__getitem__),
-        )
+        own, named = _filled_in(form, inputs)
+        return function(scope, *own, **named)
 
     return layer
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Stands for one of a layer's inputs."""
+
+    at: int
+
+
+def _filled_in(form: Any, inputs: Sequence[Any]) -> Any:
+    """What :func:`fx.node.map_arg` does, in a way that can be compiled."""
+    if isinstance(form, _Input):
+        return inputs[form.at]
+    if isinstance(form, tuple):
+        return tuple([_filled_in(part, inputs) for part in form])
+    if isinstance(form, list):
+        return [_filled_in(part, inputs) for part in form]
+    if isinstance(form, dict):
+        return {name: _filled_in(part, inputs) for name, part in form.items()}
+    if isinstance(form, slice):
+        return slice(*[_filled_in(end, inputs) for end in (form.start, form.stop, form.step)])
+    return form
 
 
 def _attribute(tensor: Tensor, find: layers.Finder) -> Layer:

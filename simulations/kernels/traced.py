@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from umbel.core.trees import Tree
 from umbel.simulations.kernels import stepping
 from umbel.simulations.kernels.around import Around
+from umbel.simulations.kernels.compiled import compiled
 from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
 from umbel.simulations.kernels.layers import channels_last
@@ -40,7 +41,7 @@ class Grouped:
         if not self._program.has(nn.Conv2d):
             raise Obstacle("it has no convolution")
         self.even = self._program.even()
-        self.gradients = gradients(subject.runtime.task, subject.runtime.rule, self._program)
+        self.gradients = _step(subject, self._program)
 
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
@@ -63,7 +64,7 @@ class Stacked:
         if self._program.has(nn.Conv2d):
             raise Obstacle("it has a convolution")
         self.even = self._program.even()
-        self.gradients = gradients(subject.runtime.task, subject.runtime.rule, self._program)
+        self.gradients = _step(subject, self._program)
 
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
@@ -97,7 +98,33 @@ def _program(subject: Subject) -> Program:
 NONE: Tree = MappingProxyType({})
 
 
-def gradients(task: Task, rule: ClientRule, program: Program) -> Callable[..., Any]:
+Differentiate: TypeAlias = Callable[[Callable[[Tree], Any], Tree], Any]
+"""(parameters -> a scalar and figures, parameters) -> its gradient and the figures."""
+
+
+def backward(total: Callable[[Tree], Any], params: Tree) -> Any:
+    """By autograd, which costs less around each operation than what can be compiled does."""
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    value, figures = total(leaves)
+    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True)), figures
+
+
+def composed(total: Callable[[Tree], Any], params: Tree) -> Any:
+    """By torch.func, which can be compiled."""
+    return torch.func.grad(total, has_aux=True)(dict(params))
+
+
+def _step(subject: Subject, program: Program) -> Callable[..., Any]:
+    task, rule = subject.runtime.task, subject.runtime.rule
+    if not subject.compiled:
+        return gradients(task, rule, program, backward)
+    return compiled(gradients(task, rule, program, composed), subject.runtime.device)
+
+
+def gradients(
+    task: Task, rule: ClientRule, program: Program, differentiate: Differentiate
+) -> Callable[..., Any]:
     """The gradients of a batch of each of n clients, and the sums of its figures.
 
     The losses are the task's own, of all examples of all clients at once: each depends on its
@@ -116,33 +143,36 @@ def gradients(task: Task, rule: ClientRule, program: Program) -> Callable[..., A
         kept: Tree = NONE,
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         clients, size = next(iter(batch.values())).shape[:2]
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         draw = None if draws is None else draws.of_batch(counts)
         if counts is not None and even:
             raise Obstacle("examples of a batch act on each other, and batches differ in size")
-        read = {**leaves, **{name: stack[:clients] for name, stack in kept.items()}}
 
-        def forward(inputs: Tensor) -> Tensor:
-            apart = inputs.view(clients, size, *inputs.shape[1:])
-            return program(read, clients, apart, draw).flatten(0, 1)
+        def total(leaves: Tree) -> tuple[Tensor, dict[str, Tensor]]:
+            read = {**leaves, **{name: stack[:clients] for name, stack in kept.items()}}
 
-        losses, figures = per_example(
-            task, forward, {name: column.flatten(0, 1) for name, column in batch.items()}
-        )
-        losses = losses.view(clients, size)
-        figures = {name: v.view(clients, size) for name, v in figures.items()}
-        if counts is None:
-            means = losses.mean(1)
-        else:
-            inside = torch.arange(size, device=losses.device) < counts[:, None]
-            means = torch.where(inside, losses, 0).sum(1) / counts  # see vmap.py on infinite losses
-            figures = {name: torch.where(inside, v, 0) for name, v in figures.items()}
-        sums: dict[str, Tensor] = {}
-        add_sums(sums, figures, lambda v: v.sum(1))
-        if rule.loss_terms:
-            means = around.over(lambda now, m, p: rule.loss(m, now.local(p)), means, leaves)
-        found = torch.autograd.grad(means.sum(), list(leaves.values()), materialize_grads=True)
-        gradient: Mapping[str, Tensor] = dict(zip(leaves, found, strict=True))
+            def forward(inputs: Tensor) -> Tensor:
+                apart = inputs.view(clients, size, *inputs.shape[1:])
+                return program(read, clients, apart, draw).flatten(0, 1)
+
+            losses, figures = per_example(
+                task, forward, {name: column.flatten(0, 1) for name, column in batch.items()}
+            )
+            losses = losses.view(clients, size)
+            figures = {name: v.view(clients, size) for name, v in figures.items()}
+            if counts is None:
+                means = losses.mean(1)
+            else:
+                inside = torch.arange(size, device=losses.device) < counts[:, None]
+                # See vmap.py on infinite losses.
+                means = torch.where(inside, losses, 0).sum(1) / counts
+                figures = {name: torch.where(inside, v, 0) for name, v in figures.items()}
+            sums: dict[str, Tensor] = {}
+            add_sums(sums, figures, lambda v: v.sum(1))
+            if rule.loss_terms:
+                means = around.over(lambda now, m, p: rule.loss(m, now.local(p)), means, leaves)
+            return means.sum(), sums
+
+        gradient, sums = differentiate(total, params)
         if rule.grad_transforms:
             gradient = around.over(
                 lambda now, g, p: dict(rule.gradient(g, now.local(p))), gradient, dict(params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from umbel.client.passes import objective as own_objective
 from umbel.core.trees import Tree
 from umbel.simulations.kernels import stepping
 from umbel.simulations.kernels.around import Around
+from umbel.simulations.kernels.compiled import compiled
 from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
 from umbel.strategies.parts import ClientRule
@@ -29,7 +31,8 @@ class Vmap:
             raise Obstacle("it draws random numbers in training")
         self._subject = subject
         runtime = subject.runtime
-        self.gradients = gradients(runtime.task, runtime.rule, subject.module)
+        step = gradients(runtime.task, runtime.rule, subject.module)
+        self.gradients = compiled(step, runtime.device) if subject.compiled else step
 
     def train(self, anchor: Tree, chunk: Chunk, lr: float) -> Trained:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
@@ -38,6 +41,18 @@ class Vmap:
 
 def gradients(task: Task, rule: ClientRule, module: nn.Module) -> stepping.Gradients:
     """The gradients of a batch of each of n clients, and the sums of its figures."""
+    one = gradient(task, rule, module)
+
+    def either(
+        params: Tree, around: Around, batch: Batch, counts: Tensor | None, draws: Draws | None
+    ) -> Any:
+        return around.over(one, params, batch, *(() if counts is None else (counts,)))
+
+    return either
+
+
+def gradient(task: Task, rule: ClientRule, module: nn.Module) -> Callable[..., Any]:
+    """The same of one client: (around, parameters, batch, how many count or ``None`` for all)."""
 
     def objective(
         params: Tree, around: Around, batch: Batch, count: Tensor | None
@@ -75,12 +90,7 @@ def gradients(task: Task, rule: ClientRule, module: nn.Module) -> stepping.Gradi
         return value, sums
 
     def one(around: Around, params: Tree, batch: Batch, count: Tensor | None = None) -> Any:
-        gradient, sums = grad(objective, has_aux=True)(params, around, batch, count)
-        return dict(rule.gradient(gradient, around.local(params))), sums
+        found, sums = grad(objective, has_aux=True)(params, around, batch, count)
+        return dict(rule.gradient(found, around.local(params))), sums
 
-    def either(
-        params: Tree, around: Around, batch: Batch, counts: Tensor | None, draws: Draws | None
-    ) -> Any:
-        return around.over(one, params, batch, *(() if counts is None else (counts,)))
-
-    return either
+    return one

@@ -388,3 +388,35 @@ def test_a_part_that_is_not_known_is_named(module, why):
 def test_a_plan_that_does_not_fit_the_model_is_refused():
     with pytest.raises(InputError, match="it has no convolution; leave the plan out"):
         train(vectorised, mlp, plan="grouped:chunk=2")
+
+
+COMPILED = [
+    pytest.param(mlp, "stacked:chunk=3,compile", id="stacked"),
+    pytest.param(cnn, "grouped:chunk=3,compile", id="grouped", marks=pytest.mark.slow),
+    pytest.param(cnn, "vmap:chunk=3,compile", id="vmap", marks=pytest.mark.slow),
+    pytest.param(cnn, "lean:compile", id="lean", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("build", "plan"), COMPILED)
+def test_compiled_steps(build, plan):
+    """With everything around them that a step may read; sizes and chunks are uneven."""
+
+    def lean_on(gradient, local):
+        return map_tree(lambda g, p, a: g + 0.1 * (p - a), gradient, local.params, local.anchor)
+
+    rule = ClientRule((proximal(0.7),), (lean_on,))
+    options = {"rule": rule, "max_grad_norm": 0.5, "momentum": 0.5}
+    assert_same(stack(sequential, build, **options), train(vectorised, build, plan=plan, **options))
+
+
+@pytest.mark.parametrize(
+    ("build", "client", "why"),
+    [
+        (dropping_mlp, {}, "it would draw other random numbers"),
+        (mlp, {"accumulation": 2}, "a step is of one piece"),
+    ],
+)
+def test_what_is_not_compiled_is_refused(build, client, why):
+    with pytest.raises(InputError, match=why):
+        train(vectorised, build, plan="lean:compile", **client)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -71,7 +75,17 @@ def record_of(build=logistic, plan=None, **client):
     return made.plan_record(), updates.delta
 
 
-@pytest.mark.parametrize("text", ["lean", "stacked", "grouped:chunk=5", "vmap:chunk=100"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lean",
+        "stacked",
+        "grouped:chunk=5",
+        "vmap:chunk=100",
+        "lean:compile",
+        "vmap:chunk=2,compile",
+    ],
+)
 def test_text(text):
     assert str(EnginePlan.parse(text)) == text
 
@@ -81,10 +95,12 @@ def test_text(text):
     [
         ("groped", "unknown kernel 'groped'.*grouped"),
         ("", "unknown kernel ''"),
-        ("lean:chunk", "'chunk' is not chunk=N"),
-        ("lean:chunk=0", "'chunk=0' is not"),
-        ("lean:chunk=-1", "'chunk=-1' is not"),
-        ("lean:clients=5", "'clients=5' is not.*lean:chunk=5"),
+        ("lean:chunk", "'chunk' is neither chunk=N"),
+        ("lean:chunk=0", "'chunk=0' is neither"),
+        ("lean:chunk=-1", "'chunk=-1' is neither"),
+        ("lean:clients=5", "'clients=5' is neither.*lean:chunk=5"),
+        ("vmap:chunk=5,", "'' is neither"),
+        ("vmap:compiled,chunk=5", "'compiled' is neither.*vmap:chunk=5,compile"),
     ],
 )
 def test_text_that_is_no_plan(text, says):
@@ -165,5 +181,49 @@ def test_no_trial_of_a_chunk_that_leaves_a_small_one_behind(most, tried):
         asked.append(clients)
         return 1e-3 / clients
 
-    assert list(choose._climb("stacked", 5, most, measure))[-1].chunk is None
+    assert list(choose._climb(EnginePlan("stacked"), 5, most, measure))[-1].chunk is None
     assert asked == tried
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_tried_where_a_run_is_long(monkeypatch):
+    monkeypatch.setattr(choose, "LONG", 0.0)
+    record, delta = record_of()
+    seconds = record["seconds_per_client"]
+    assert {"stacked:compile", "vmap:compile"} <= seconds.keys()
+    assert record["refused"] == {"grouped": "it has no convolution"}
+    monkeypatch.undo()
+    _, plain = record_of(plan="stacked")
+    for name, d in plain.items():
+        torch.testing.assert_close(delta[name], d)
+
+
+@pytest.mark.slow
+def test_a_trial_goes_on_where_nothing_can_be_compiled(tmp_path):
+    """In a process of its own: torch looks for a compiler once."""
+    program = """if True:
+        import sys
+        from umbel.core.run_file import resolve
+        from umbel.simulations import choose
+        from umbel.simulations.simulate import simulate
+        from umbel.server.store import RunStore
+
+        choose.LONG = 0.0
+        table = {"store": sys.argv[1], "rounds": 1, "processes": 0}
+        run = {"run": table, "data": {"name": "digits"}, "task": {"kind": "classification"}}
+        done = simulate(resolve(run))
+        print(RunStore(sys.argv[1]).get(done.run_id).engine_plan)
+    """
+    place = {
+        "CXX": str(tmp_path / "no-compiler"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    command = [sys.executable, "-c", program, str(tmp_path / "store")]
+    done = subprocess.run(
+        command, env={**os.environ, **place}, capture_output=True, text=True, check=True
+    )
+    record = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert record["source"] == "trial"
+    assert "compile" not in record["plan"]
+    assert "cannot be compiled" in record["refused"]["vmap:compile"]
