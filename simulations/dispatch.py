@@ -74,7 +74,7 @@ class Dispatch:
 
     def wide(self, clients: int) -> bool:
         """Whether so few clients are trained that each step takes all cores, in this process."""
-        return clients * FEW < workers.cores()
+        return self._on_cpu and clients * FEW < workers.cores()
 
     @contextmanager
     def threads(self, clients: int) -> Iterator[None]:

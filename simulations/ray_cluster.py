@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+from typing import Literal, TypeAlias
 
 import ray
 
@@ -14,6 +15,9 @@ from umbel.core.errors import InputError
 from umbel.simulations import workers
 
 WHERE = "[run] ray_address"
+
+Kind: TypeAlias = Literal["CPU", "GPU"]
+"""What a worker has to itself, as Ray calls it."""
 
 SECONDS = 10.0
 """A cluster takes a connection within so many; Ray itself would try for minutes."""
@@ -59,7 +63,7 @@ def join(address: str | None) -> Cluster:
         )
     # Nobody's use of a hospital's machine is reported to anyone.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray warns of how it will one day treat GPUs; these workers use none.
+    # Ray warns of how it will one day treat workers without a GPU: ours do not look for one.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = address == "local"
     if ":" in address:
@@ -100,11 +104,11 @@ def _unreachable(address: str, why: str) -> InputError:
     )
 
 
-def cpus() -> int:
-    """How many CPUs the cluster has."""
-    return int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+def total(kind: Kind) -> int:
+    """How many processors of a kind the cluster has."""
+    return int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
 
 
-def free_cpus() -> int:
+def free(kind: Kind) -> int:
     """How many of them nobody has asked for."""
-    return int(ray.available_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+    return int(ray.available_resources().get(kind, 0))  # type: ignore[no-untyped-call]

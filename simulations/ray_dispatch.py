@@ -21,7 +21,7 @@ from umbel.datasets.federated import FederatedData
 from umbel.simulations.dispatch import Dispatch
 from umbel.simulations.groups import Group
 from umbel.simulations.parcels import Parcel, pack, unpack
-from umbel.simulations.ray_cluster import Cluster, cpus, free_cpus
+from umbel.simulations.ray_cluster import Cluster, Kind, free, total
 from umbel.simulations.ray_worker import Greeting, Subject, Worker, greeting
 
 WHERE = "--engine ray"
@@ -33,7 +33,8 @@ FALSE_STARTS = 5
 """So many workers in a row may be lost before they are ready."""
 
 PATIENCE = 30.0
-"""Seconds without any news of any worker, after which one looks whether the cluster has a CPU."""
+"""Seconds without any news of any worker, after which one looks whether the cluster has a CPU, or
+a GPU."""
 
 
 @dataclass(eq=False)
@@ -45,7 +46,7 @@ class _Actor:
 
 
 class RayDispatch:
-    """A :class:`Dispatcher` whose workers are Ray actors of one CPU and one thread each.
+    """A :class:`Dispatcher` whose workers are Ray actors of one thread and one CPU or GPU each.
 
     Data and task go to the cluster once, the global model once a round, and one folded sum a group
     comes back. A worker holds nothing that is missed: where one is lost, or its node, its group is
@@ -57,12 +58,15 @@ class RayDispatch:
         plan: the engine's plan as text, once the first round has found one.
         subject: what workers are told.
         data: who holds what; test examples stay here.
-        most: workers, at most; ``None``: one for each CPU that the cluster has free, now or later.
+        kind: what each worker has to itself.
+        most: workers, at most; ``None``: one for each of those that the cluster has free, now or
+            later.
         early: how many to start at once, while this process looks for a plan.
         announce: told what a user should know.
 
     Raises:
-        InputError: the user's own parts cannot be sent, or the cluster has no CPU.
+        InputError: the user's own parts cannot be sent.
+        RunError: the cluster has no such processor.
     """
 
     def __init__(
@@ -72,12 +76,13 @@ class RayDispatch:
         plan: Callable[[], str],
         subject: Subject,
         data: FederatedData,
+        kind: Kind,
         most: int | None,
         early: int,
         announce: Callable[[str], None],
     ) -> None:
         self._cluster, self._local, self._plan, self._announce = cluster, local, plan, announce
-        self._here = greeting()
+        self._here = greeting(subject.run)
         self._keeps = own.keeps(subject.rule, subject.task)
         self._said: set[str] = set()
         self._number = 0
@@ -85,9 +90,11 @@ class RayDispatch:
         self._asked: dict[Any, _Actor] = {}
         self._idle: list[_Actor] = []
         self._busy: dict[Any, tuple[_Actor, int, int]] = {}
-        self._remote = ray.remote(num_cpus=1, max_restarts=0)(Worker)
+        self._kind: Kind = kind
+        gpus = int(kind == "GPU")
+        self._remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker)
         self._most, self._grows = most or 1, most is None
-        self._need_a_cpu()
+        self._need_one()
         self._told = [ray.put(_pickled(subject)), ray.put(data)]
         self._folders = _folders()
         self._grow()
@@ -106,7 +113,7 @@ class RayDispatch:
         """The results of the groups, in their order.
 
         Raises:
-            RunError: workers are lost again and again, or no CPU is left.
+            RunError: workers are lost again and again, or no processor is left.
             InputError: a worker cannot load the run's parts, or has another version of Umbel.
             Exception: what a worker raised, with its traceback as a note.
         """
@@ -140,11 +147,11 @@ class RayDispatch:
         self._cluster.close()
 
     def _grow(self) -> None:
-        """Takes note of CPUs that became free, or came with a node."""
+        """Takes note of processors that became free, or came with a node."""
         # What a worker that is still starting will take may count as free.
         if self._grows and not self._asked:
             there = len(self._idle) + len(self._busy)
-            self._most = max(self._most, there + free_cpus())
+            self._most = max(self._most, there + free(self._kind))
 
     def _staff(self, groups: int) -> None:
         """Starts workers until there is one for each group, or as many as there may be."""
@@ -170,8 +177,8 @@ class RayDispatch:
         """Waits for news of any worker, and takes it in."""
         news, _ = ray.wait([*self._busy, *self._asked], num_returns=1, timeout=PATIENCE)
         if not news and not self._busy:
-            self._need_a_cpu()
-            self._say("waiting for a CPU of the Ray cluster")
+            self._need_one()
+            self._say(f"waiting for a {self._kind} of the Ray cluster")
         for answer in news:
             if answer in self._asked:
                 self._welcome(answer)
@@ -246,17 +253,21 @@ class RayDispatch:
                 "and a task without client state",
             )
         others = [(n, theirs[n], mine[n]) for n in ("torch", "numpy") if theirs[n] != mine[n]]
-        others += [("CPU", there.cpu, here.cpu)] if there.cpu != here.cpu else []
+        others += (
+            [(self._kind, there.processor, here.processor)]
+            if there.processor != here.processor
+            else []
+        )
         for what, other, mine_is in others:
             self._say(
                 f"{what} is {other} on node {there.host} and {mine_is} here: the last bits of the "
                 "result depend on where clients are trained"
             )
 
-    def _need_a_cpu(self) -> None:
-        if not cpus():
+    def _need_one(self) -> None:
+        if not total(self._kind):
             raise RunError(
-                "no node of the Ray cluster has a CPU",
+                f"no node of the Ray cluster has a {self._kind}",
                 where=WHERE,
                 fix="add a node with `ray start --address=…`; a run that had begun can be resumed",
             )

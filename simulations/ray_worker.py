@@ -47,13 +47,14 @@ class Greeting(NamedTuple):
         host: the name of its machine.
         pid: its process id there.
         versions: as :func:`umbel.core.versions.versions`.
-        cpu: the instructions that its torch uses; others may round otherwise.
+        processor: the instructions that its torch uses, or the name of its GPU; others may round
+            otherwise.
     """
 
     host: str
     pid: int
     versions: dict[str, Any]
-    cpu: str
+    processor: str
 
 
 class Worker:
@@ -90,11 +91,12 @@ class Worker:
                 fix="install their module on every node, or keep it in a folder that all share",
             ) from None
         self._data = ray.get(data)
-        return greeting()
+        return self.hello()
 
     def hello(self) -> Greeting:
         """That it is still there."""
-        return greeting()
+        assert self._subject is not None
+        return greeting(self._subject.run)
 
     def compute(self, number: int, refs: Sequence[Any], chunks: Sequence[Places]) -> Parcel:
         """The result of one group.
@@ -126,10 +128,14 @@ class Worker:
         return self._engine
 
 
-def greeting() -> Greeting:
+def greeting(run: RunFile) -> Greeting:
     """What this process says of itself."""
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return Greeting(platform.node(), os.getpid(), versions(), f"{platform.machine()} {cpu}")
+    if run.client.device == "cpu":
+        cpu = torch.backends.cpu.get_cpu_capability()
+        processor = f"{platform.machine()} {cpu}"
+    else:
+        processor = torch.cuda.get_device_name()
+    return Greeting(platform.node(), os.getpid(), versions(), processor)
 
 
 def _silent(message: str) -> None:

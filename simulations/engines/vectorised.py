@@ -112,6 +112,7 @@ class Vectorised:
         pinned: EnginePlan | None,
         processes: int | None,
         dispatch: Callable[[Vectorised], Dispatcher] | None = None,
+        parts: int | None = None,
     ) -> None:
         self._residents = residents
         self._runtime = residents.runtime
@@ -121,6 +122,8 @@ class Vectorised:
         self._pinned = pinned
         self._trainer = Trainer(residents, self._memory)
         self._found: _Found | None = None
+        on_cpu = self._runtime.device.type == "cpu"
+        self._parts = parts or (2 * cores() if on_cpu else 1)
         self._dispatch: Dispatcher = (
             Dispatch(self.compute, processes, self._runtime.device, announce)
             if dispatch is None
@@ -258,7 +261,7 @@ class Vectorised:
         pooled = isinstance(found.kernel, Private)
         bounds = [self._largest, None if pooled else found.choice.plan.chunk]
         if pooled or found.choice.plan.chunk is None:
-            bounds.append(_share(sizes, found.footprint))
+            bounds.append(_share(sizes, found.footprint, self._parts))
         dealt = chunks.chunks(
             sizes,
             chunks.Length(run.client.batch_size, *run.round_length),
@@ -346,9 +349,9 @@ class Vectorised:
             start = stop + 1
 
 
-def _share(sizes: chunks.Places, footprint: chunks.Footprint) -> int | None:
-    """The most clients in a chunk where a round is long enough for all cores; else ``None``."""
+def _share(sizes: chunks.Places, footprint: chunks.Footprint, parts: int) -> int | None:
+    """The most clients in a chunk where a round is long enough to be cut; else ``None``."""
     # At least a multiplication for each parameter and example, forward and twice backward.
-    if float(sizes.sum()) * footprint.model < LONG:
+    if parts == 1 or float(sizes.sum()) * footprint.model < LONG:
         return None
-    return max(NARROW, -(-len(sizes) // (2 * cores())))
+    return max(NARROW, -(-len(sizes) // parts))
