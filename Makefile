@@ -20,7 +20,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-network test check lint types imports test-all recipes format docs clean
+.PHONY: help install demo demo-network test check lint types imports test-all recipes compiled format docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +71,9 @@ test-all: $(INSTALLED)  ## every test that can run here
 
 recipes: $(INSTALLED)  ## every recipe whole, held to the figure that it states; ten minutes
 	$(BIN)/pytest $(PYTEST_FLAGS) -m "recipes or slow" tests/simulations/test_recipes.py
+
+compiled: $(INSTALLED)  ## every kernel with its steps compiled against the plain engine; two minutes
+	$(BIN)/pytest $(PYTEST_FLAGS) -m compiled tests/simulations/test_kernels.py
 
 format: $(INSTALLED)  ## rewrites the code in the one format
 	$(BIN)/ruff check --fix .

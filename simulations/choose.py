@@ -155,9 +155,12 @@ def _compare(
 ) -> tuple[Choice, AnyKernel]:
     refused: dict[str, str] = {}
     made: dict[str, Kernel] = {}
+    on_gpu = subject.runtime.device.type == "cuda"
     for name in KERNELS:
         if name == "vmap" and made:
             continue  # its first call loads two seconds of compiler, and it was never the faster
+        if name == "unfolded" and not on_gpu:
+            continue  # on a CPU, what it unfolds leaves the cache
         try:
             made[name] = trial.make(name, subject, examination)
         except Obstacle as why:
@@ -167,7 +170,6 @@ def _compare(
     anchor = _anchor(subject)
     lr = subject.runtime.run.client.lr
     lean = EnginePlan("lean", TOGETHER)
-    on_gpu = subject.runtime.device.type == "cuda"
     if list(made) == ["lean"] and not on_gpu and work < SHORT:
         return Choice(lean, "trial", {}, refused), made["lean"]
     compiled: dict[str, Kernel] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from umbel.simulations.kernels.kernel import Kernel, Subject
 from umbel.simulations.kernels.lean import Lean
@@ -11,6 +12,7 @@ from umbel.simulations.kernels.vmap import Vmap
 
 KERNELS: dict[str, Callable[[Subject], Kernel]] = {
     "grouped": Grouped,
+    "unfolded": partial(Grouped, unfold=True),
     "stacked": Stacked,
     "vmap": Vmap,
     "lean": Lean,

@@ -144,6 +144,38 @@ def _conv2d(module: nn.Conv2d, find: Finder) -> Layer:
     return layer
 
 
+def unfolded(module: nn.Conv2d, find: Finder) -> Layer:
+    """A convolution as one batched product over the clients, of unfolded images."""
+    if module.padding_mode != "zeros" or module.groups != 1:
+        raise Obstacle("a convolution with groups, or padded with something")
+    weight, bias = must(find(module.weight)), find(module.bias)
+    stride, dilation, reach = module.stride, module.dilation, module.kernel_size
+
+    def pad(axis: int) -> tuple[int, int]:
+        if isinstance(module.padding, tuple):
+            return module.padding[axis], module.padding[axis]
+        both = dilation[axis] * (reach[axis] - 1) if module.padding == "same" else 0
+        return both // 2, both - both // 2
+
+    edges = (*pad(1), *pad(0))
+
+    def layer(scope: Scope, x: Value) -> Value:
+        images = F.pad(x.as_rows(), edges)
+        clients, batch = images.shape[:2]
+        columns = F.unfold(images.flatten(0, 1), reach, dilation, 0, stride)
+        height, width = (
+            (size - step * (length - 1) - 1) // by + 1
+            for size, step, length, by in zip(
+                images.shape[3:], dilation, reach, stride, strict=True
+            )
+        )
+        pixels = columns.view(clients, batch, columns.shape[1], -1).transpose(2, 3).flatten(1, 2)
+        out = product(pixels, weight(scope).flatten(2), None if bias is None else bias(scope))
+        return rows(out.view(clients, batch, height, width, -1).movedim(-1, 2))
+
+    return layer
+
+
 def _linear(module: nn.Linear, find: Finder) -> Layer:
     weight, bias = must(find(module.weight)), find(module.bias)
 

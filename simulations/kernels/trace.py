@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,12 +20,16 @@ from umbel.simulations.kernels.attention import ATTENTION
 from umbel.simulations.kernels.draws import Draw
 from umbel.simulations.kernels.functions import FUNCTIONS
 from umbel.simulations.kernels.kernel import Obstacle
-from umbel.simulations.kernels.layers import Layer, Scope, Value
+from umbel.simulations.kernels.layers import Layer, Maker, Scope, Value
 from umbel.simulations.kernels.norms import BATCH_NORMS, NORMS, statistics
 from umbel.simulations.kernels.recurrent import RECURRENT
 from umbel.simulations.residents import reason
 
 MODULES = layers.PLAIN | NORMS | ATTENTION | RECURRENT
+
+Makers: TypeAlias = Mapping[type[nn.Module], Maker]
+
+NONE: Makers = MappingProxyType({})
 
 
 class Step(NamedTuple):
@@ -92,8 +97,12 @@ class _Tracer(fx.Tracer):
         return adapters.is_lora(m) or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(module: nn.Module) -> Program:
+def trace(module: nn.Module, instead: Makers = NONE) -> Program:
     """The layers of ``module``, in order.
+
+    Args:
+        module: a model.
+        instead: how modules of these types are computed, where that is not as everywhere.
 
     Raises:
         Obstacle: its forward pass depends on values, or has a part that is not known.
@@ -119,7 +128,7 @@ def trace(module: nn.Module) -> Program:
             result = places[node.args[0]]
             return Program(_exchanged(steps, result), result, tuple(statistics(module)))
         else:
-            kind, layer = _step(node, root, finder)
+            kind, layer = _step(node, root, finder, instead)
             reads = tuple(places[i] for i in node.all_input_nodes)
             places[node] = len(places)
             steps.append(Step(kind, layer, places[node], reads))
@@ -142,13 +151,16 @@ def _finder(module: nn.Module) -> layers.Finder:
     return find
 
 
-def _step(node: fx.Node, module: nn.Module, find: layers.Finder) -> tuple[Any, Layer]:
+def _step(
+    node: fx.Node, module: nn.Module, find: layers.Finder, instead: Makers
+) -> tuple[Any, Layer]:
     """What a node is, and its layer, which is given the node's input nodes in their order."""
     if node.op == "get_attr":
         return "get_attr", _attribute(operator.attrgetter(str(node.target))(module), find)
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
-        make = adapters.lora if adapters.is_lora(part) else MODULES.get(type(part))
+        usual = adapters.lora if adapters.is_lora(part) else MODULES.get(type(part))
+        make = instead.get(type(part), usual)
         if make is None:
             raise Obstacle(f"no kernel knows {type(part).__name__}")
         return type(part), _filled(node, _telling(part, make(part, find)))

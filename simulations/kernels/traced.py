@@ -21,9 +21,10 @@ from umbel.simulations.kernels.around import Around
 from umbel.simulations.kernels.compiled import compiled
 from umbel.simulations.kernels.draws import Draws
 from umbel.simulations.kernels.kernel import Chunk, Obstacle, Subject, Trained
-from umbel.simulations.kernels.layers import channels_last
+from umbel.simulations.kernels.layers import channels_last, unfolded
 from umbel.simulations.kernels.norms import stacked, statistics
-from umbel.simulations.kernels.trace import Program, trace
+from umbel.simulations.kernels.trace import NONE as NOTHING
+from umbel.simulations.kernels.trace import Makers, Program, trace
 from umbel.strategies.parts import ClientRule
 from umbel.tasks.evaluate import add_sums, per_example
 from umbel.tasks.task import Batch, Task
@@ -32,12 +33,17 @@ from umbel.tasks.task import Batch, Task
 class Grouped:
     """Convolutional networks: one convolution whose groups are the clients, channels-last.
 
-    Fast while the activations of a chunk stay in the processor's cache: a few clients.
+    On a CPU fast while the activations of a chunk stay in its cache: a few clients.
+
+    Args:
+        subject: what is trained.
+        unfold: instead, a batched product over the clients, of unfolded images.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, unfold: bool = False) -> None:
         self._subject = subject
-        self._program = _program(subject)
+        self._lay = torch.Tensor.contiguous if unfold else channels_last
+        self._program = _program(subject, {nn.Conv2d: unfolded} if unfold else NOTHING)
         if not self._program.has(nn.Conv2d):
             raise Obstacle("it has no convolution")
         self.even = self._program.even()
@@ -47,7 +53,7 @@ class Grouped:
         """Trains the clients of ``chunk`` from the global parameters ``anchor``."""
         kept = started(self.statistics(chunk.clients()), chunk)
         compute = partial(self.gradients, kept=kept)
-        trained = stepping.train(self._subject, compute, anchor, chunk, lr, channels_last)
+        trained = stepping.train(self._subject, compute, anchor, chunk, lr, self._lay)
         return trained._replace(tensors={**trained.tensors, **kept})
 
     def statistics(self, clients: int) -> dict[str, Tensor]:
@@ -84,12 +90,12 @@ def started(kept: dict[str, Tensor], chunk: Chunk) -> dict[str, Tensor]:
     return {name: own[name].clone() if name in own else stack for name, stack in kept.items()}
 
 
-def _program(subject: Subject) -> Program:
+def _program(subject: Subject, instead: Makers = NOTHING) -> Program:
     if subject.runtime.rule.objective is not None or subject.runtime.rule.joint:
         raise Obstacle("the strategy has an objective of its own")
     if subject.draws and subject.runtime.run.client.accumulation > 1:
         raise Obstacle("its draws depend on the micro-batches")
-    program = trace(subject.module)
+    program = trace(subject.module, instead)
     if program.even() and subject.runtime.run.client.accumulation > 1:
         raise Obstacle("its batch statistics depend on the micro-batches")
     return program

@@ -99,6 +99,21 @@ def overlapping():
     return made
 
 
+class Strided(nn.Module):
+    """Convolutions of every other kind of edge, step and reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, (2, 4), padding="same", bias=False)
+        self.second = nn.Conv2d(4, 3, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(2, 1))
+        self.third = nn.Conv2d(3, 2, 2, padding="valid")
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.third(torch.relu(self.second(torch.relu(self.first(x)))))
+        return self.head(x.flatten(1))
+
+
 def logistic():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
@@ -195,12 +210,15 @@ def assert_same(expected, found):
 IMAGES = [cnn, Functional, Residual, overlapping]
 TABLES = [logistic, mlp, Shared]
 GROUPED = [(build, f"grouped:chunk={n}") for build in IMAGES for n in (1, 3)]
+UNFOLDED = [(build, "unfolded:chunk=3") for build in (cnn, overlapping, Strided)]
 STACKED = [(build, plan) for build in TABLES for plan in ("stacked", "stacked:chunk=3")]
 OTHERS = [(build, plan) for build in IMAGES + TABLES for plan in ("vmap", "lean:chunk=3")]
 
 
 @pytest.mark.parametrize(
-    ("build", "plan"), GROUPED + STACKED + OTHERS, ids=lambda p: getattr(p, "__name__", p)
+    ("build", "plan"),
+    GROUPED + UNFOLDED + STACKED + OTHERS,
+    ids=lambda p: getattr(p, "__name__", p),
 )
 def test_models(build, plan):
     assert_same(stack(sequential, build), train(vectorised, build, plan=plan))
@@ -390,11 +408,12 @@ def test_a_plan_that_does_not_fit_the_model_is_refused():
         train(vectorised, mlp, plan="grouped:chunk=2")
 
 
+LONG = [pytest.mark.slow, pytest.mark.compiled]
 COMPILED = [
-    pytest.param(mlp, "stacked:chunk=3,compile", id="stacked"),
-    pytest.param(cnn, "grouped:chunk=3,compile", id="grouped", marks=pytest.mark.slow),
-    pytest.param(cnn, "vmap:chunk=3,compile", id="vmap", marks=pytest.mark.slow),
-    pytest.param(cnn, "lean:compile", id="lean", marks=pytest.mark.slow),
+    pytest.param(mlp, "stacked:chunk=3,compile", id="stacked", marks=pytest.mark.slow),
+    pytest.param(cnn, "grouped:chunk=3,compile", id="grouped", marks=LONG),
+    pytest.param(cnn, "vmap:chunk=3,compile", id="vmap", marks=LONG),
+    pytest.param(cnn, "lean:compile", id="lean", marks=LONG),
 ]
 
 
