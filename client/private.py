@@ -203,6 +203,7 @@ PARAMETERS_ALONE = frozenset(
         "grad_transforms",
         "state",
         "named",
+        "speaks_of",
         "begin",
         "end",
         "private",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from umbel.client.batches import episodic
-from umbel.core.errors import InputError, UmbelError
+from umbel.core.errors import InputError, UmbelError, suggest
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, flatten, map_tree
 from umbel.datasets.build import load
@@ -27,6 +29,9 @@ from umbel.tasks.begin import base_hash
 from umbel.tasks.build import build_task, initial_module, model_of
 from umbel.tasks.collect import collected
 from umbel.tasks.task import Task
+
+SHOWN = 20
+"""Names of clients, at most, that an error lists."""
 
 
 class Prepared(NamedTuple):
@@ -53,6 +58,7 @@ def prepare(run: RunFile) -> Prepared:
     """
     strategy = build_strategy(run.strategy)
     data = load(run.data, run.run.seed)
+    _check_names(strategy.client.speaks_of, data.names)
     build_attack(run.attack)
     joined = hostile_count(run.attack, len(data.names)) if run.attack.join else 0
     cohort_size(run.strategy, len(data.names) + joined, strategy.combine.fewest)
@@ -64,6 +70,16 @@ def prepare(run: RunFile) -> Prepared:
     _check_evaluation(run, data, metrics)
     run = _private(run, data, task, strategy, module)
     return Prepared(run, data, task, strategy, module, metrics)
+
+
+def _check_names(named: Sequence[str], clients: Sequence[str]) -> None:
+    """Refuses a parameter for a client that there is not: it would have no effect."""
+    if unknown := [name for name in named if name not in clients]:
+        raise InputError(
+            f"no client is called '{unknown[0]}'",
+            where="[strategy]",
+            fix=suggest(unknown[0], islice(clients, SHOWN)),
+        )
 
 
 def plan(prepared: Prepared) -> dict[str, Any]:

@@ -42,7 +42,10 @@ def with_ranks(rule: ClientRule, ranks: Ranks | None) -> ClientRule:
         return cut(gradient, local.own[NAMED]["rank"])
 
     return rule._replace(
-        named=named, begin=begin, grad_transforms=(*rule.grad_transforms, transform)
+        named=named,
+        speaks_of=tuple(given) if isinstance(given, Mapping) else (),
+        begin=begin,
+        grad_transforms=(*rule.grad_transforms, transform),
     )
 
 

@@ -124,6 +124,7 @@ class ClientRule(NamedTuple):
         state: parameters -> what a client keeps before its first round.
         named: a client's name -> what it is told of itself, name -> scalar, in ``own`` under the
             letter ``named``; neither kept nor sent. ``None``: nothing.
+        speaks_of: the clients that the strategy's parameters name; a run has them all.
         begin: (anchor, shared, own) -> parameters that training starts from; ``None``: the anchor.
         end: what is sent and kept after training.
         private: the names of the model's tensors, in its order -> those that never travel. Training
@@ -146,6 +147,7 @@ class ClientRule(NamedTuple):
     grad_transforms: tuple[GradTransform, ...] = ()
     state: Callable[[Tree], Trees] | None = None
     named: Callable[[str], Tree] | None = None
+    speaks_of: tuple[str, ...] = ()
     begin: Callable[[Tree, Trees, Trees], Tree] | None = None
     end: Callable[[Ended], Delivered] | None = None
     private: Callable[[Sequence[str]], Collection[str]] | None = None

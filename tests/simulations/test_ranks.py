@@ -127,3 +127,8 @@ def test_a_list_gives_each_client_one_by_its_name() -> None:
 def test_a_rank_that_the_adapter_has_not_is_refused(plays: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a client of rank 16, and adapters of rank 8"):
         simulate(make(plays, tmp_path, "flora", [4, 16]))
+
+
+def test_a_name_that_no_client_has_is_refused(plays: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no client is called 'ann'; did you mean 'anne'"):
+        simulate(make(plays, tmp_path, "flexlora", {"ann": 2, "brutus": 4}))
