@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from umbel.client import batches, devices, optimizers, own
+from umbel.client import batches, compiling, devices, optimizers, own
 from umbel.client.local_privacy import release
 from umbel.client.passes import objective
 from umbel.client.private import PrivateSteps
@@ -55,9 +55,9 @@ class ClientRuntime:
         sources: of the randomness that protects people; ``None``: the operating system.
 
     Raises:
-        InputError: the device or precision is not here, the model has nothing to train, it
-            cannot be trained privately where ``[privacy]`` asks for that, or the strategy does not
-            go with the optimizer.
+        InputError: the device, precision or a compiler is not here, the model has nothing to
+            train, it cannot be trained privately where ``[privacy]`` asks for that, or the strategy
+            does not go with the optimizer.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class ClientRuntime:
         whole = model_of(self._module)
         self.at_home = private_names(rule, whole)
         _check(run, rule, whole, self.at_home)
+        if run.client.compile:
+            compiling.check(run, self.device)
         self.sources = sources or system_sources()
         self.private: PrivateSteps | None = None
         if run.privacy.unit == "example":
@@ -129,6 +131,8 @@ class ClientRuntime:
             )
         section, seed, n = self.run.client, self.run.run.seed, rows(examples)
         module = self.module(model)
+        if section.compile:
+            compiling.compile_calls(module)
         params = {name: p for name, p in module.named_parameters() if p.requires_grad}
         mine = self.own(module, client, kept)
         shared = {letter: self._here(tree) for letter, tree in shared.items()}

@@ -170,7 +170,8 @@ def _compare(
     anchor = _anchor(subject)
     lr = subject.runtime.run.client.lr
     lean = EnginePlan("lean", TOGETHER)
-    if list(made) == ["lean"] and not on_gpu and work < SHORT:
+    compile_ = on_gpu or subject.runtime.run.client.compile
+    if list(made) == ["lean"] and not compile_ and work < SHORT:
         return Choice(lean, "trial", {}, refused), made["lean"]
     compiled: dict[str, Kernel] = {}
 
@@ -186,7 +187,7 @@ def _compare(
         for name in others:
             seconds |= _climb(EnginePlan(name), min(start, most), most, measure)
         fastest = _fastest(seconds)
-        if on_gpu or seconds[fastest] * work > LONG:
+        if compile_ or seconds[fastest] * work > LONG:
             for name in dict.fromkeys((fastest.kernel, "vmap")):
                 try:
                     plain = made[name] if name in made else trial.make(name, subject, examination)

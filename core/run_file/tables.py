@@ -182,6 +182,9 @@ class Client(Settings):
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the forward and backward pass, where the device has it."""
+    compile: bool = False
+    """Whether these are compiled by torch, which takes a C++ compiler and some time at the start;
+    not gradients of single examples. A simulation compiles where its trial finds that it pays."""
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> Client:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from umbel.client.compiling import settle
+
 Step = TypeVar("Step", bound=Callable[..., object])
 
 VARIANTS = 64
@@ -27,13 +29,7 @@ def compiled(step: Step, device: torch.device) -> Step:
         step: a function of tensors, and of trees of them.
         device: where the tensors are.
     """
-    import torch._dynamo.config as dynamo
-    import torch._inductor.config as inductor
-
-    # The numbers of a rule are what they are; left open, a number through a tensor is no program.
-    dynamo.specialize_float = True
-    # Its own processes would be forked along with those that train.
-    inductor.compile_threads = 1
+    settle()
     compile_: Any = torch.compile  # its stubs lack some of these
     program: Step = compile_(
         step,
