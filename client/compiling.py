@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from umbel.core.errors import InputError
 from umbel.core.run_file import RunFile
+
+MODELS = 64
+"""So many programs, of models and of shapes that torch will not keep open, are kept in a process;
+what comes after them is not compiled."""
 
 
 def settle() -> None:
@@ -51,4 +57,13 @@ def compile_calls(module: nn.Module) -> None:
 
     Batches of all sizes share a program, and what draws, draws what it would without.
     """
-    module.compile(dynamic=True, options={"fallback_random": True})
+
+    def call(*inputs: Any, **named: Any) -> Any:
+        return module.forward(*inputs, **named)
+
+    # As Module.compile does, which leaves what is called in torch's own files as it is: a
+    # Sequential would not be compiled.
+    compile_: Any = torch.compile
+    module._compiled_call_impl = compile_(
+        call, dynamic=True, recompile_limit=MODELS, options={"fallback_random": True}
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from umbel.client.training import ClientRuntime
@@ -51,12 +52,15 @@ def test_it_trains_as_without() -> None:
     }
     plain, compiled = (runtime(c) for c in (False, True))
     model = model_of(initial_module(plain.task, 0))
+    before = counters["stats"]["unique_graphs"]
     for number in (1, 2):
         truth, found = (r.train(number, "a", examples, model) for r in (plain, compiled))
         assert int(found.delta["1.num_batches_tracked"]) == 3
         for name, d in truth.delta.items():
             torch.testing.assert_close(found.delta[name], d, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(found.metrics, truth.metrics)
+        # With batches of 4 and of 2; the second round finds what the first compiled.
+        assert counters["stats"]["unique_graphs"] == before + 1
 
 
 def test_gradients_of_single_examples_are_refused() -> None:
