@@ -273,17 +273,27 @@ def test_text_is_asked_for() -> None:
         make("language-model", "gpt", Info("digits", (8, 8), classes=10))
 
 
-def test_recomputed_activations_give_the_same_gradients() -> None:
-    found = []
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_recomputed_activations_give_the_same_gradients(name: str, adapter: str | None) -> None:
+    found, calls = [], []
     for checkpointing in (False, True):
-        model = {**MODELS["gpt"], "checkpointing": checkpointing}
+        model = {**MODELS[name], "checkpointing": checkpointing}
         section = {"kind": "language-model", "model": model}
+        section |= {} if adapter is None else {"adapter": adapter}
         task = build_task(resolve({"data": {"name": "digits"}, "task": section}).task, TEXT)
-        module = initial_module(task, 0)
+        module = initial_module(task, 0).train()
+        made: list[None] = []
+        for part in module.modules():
+            if type(part).__name__.endswith("Norm"):
+                part.register_forward_hook(lambda *_, seen=made: seen.append(None))
         task.losses(module, records()).mean().backward()
-        found.append({n: p.grad for n, p in module.named_parameters()})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name])
+        calls.append(len(made))
+        found.append({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
+    assert calls[1] > calls[0] > 0
+    assert any(g is not None and g.any() for g in found[0].values())
+    for gradient_name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][gradient_name])
 
 
 def test_qlora_runs_or_says_why_not() -> None:
