@@ -72,8 +72,8 @@ test-all: $(INSTALLED)  ## every test that can run here
 recipes: $(INSTALLED)  ## every recipe whole, held to the figure that it states; ten minutes
 	$(BIN)/pytest $(PYTEST_FLAGS) -m "recipes or slow" tests/simulations/test_recipes.py
 
-compiled: $(INSTALLED)  ## every kernel with its steps compiled against the plain engine; two minutes
-	$(BIN)/pytest $(PYTEST_FLAGS) -m compiled tests/simulations/test_kernels.py
+compiled: $(INSTALLED)  ## every kernel with its steps compiled against the plain engine; three minutes
+	$(BIN)/pytest $(PYTEST_FLAGS) -m compiled tests/simulations
 
 format: $(INSTALLED)  ## rewrites the code in the one format
 	$(BIN)/ruff check --fix .

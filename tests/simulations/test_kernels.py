@@ -410,7 +410,7 @@ def test_a_plan_that_does_not_fit_the_model_is_refused():
 
 LONG = [pytest.mark.slow, pytest.mark.compiled]
 COMPILED = [
-    pytest.param(mlp, "stacked:chunk=3,compile", id="stacked", marks=pytest.mark.slow),
+    pytest.param(mlp, "stacked:chunk=3,compile", id="stacked", marks=LONG),
     pytest.param(cnn, "grouped:chunk=3,compile", id="grouped", marks=LONG),
     pytest.param(cnn, "vmap:chunk=3,compile", id="vmap", marks=LONG),
     pytest.param(cnn, "lean:compile", id="lean", marks=LONG),

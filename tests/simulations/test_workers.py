@@ -137,7 +137,8 @@ class Done:
         )
 
 
-COMPILED = pytest.param("stacked:chunk=3,compile", marks=pytest.mark.slow)
+LONG = [pytest.mark.slow, pytest.mark.compiled]
+COMPILED = pytest.param("stacked:chunk=3,compile", marks=LONG)
 
 
 @pytest.mark.parametrize("plan", ["stacked:chunk=2", "lean:chunk=3", "vmap:chunk=1", COMPILED])
