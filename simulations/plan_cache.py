@@ -26,6 +26,9 @@ from umbel.tasks.task import Batch
 KEPT = 500
 """Plans in the file; the oldest go first."""
 
+LITTLE = 1000
+"""Work up to which a run's length has no say in its plan: none is long enough to compile steps."""
+
 
 def path() -> Path:
     """The file: in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
@@ -40,7 +43,8 @@ def key(subject: Subject, batch: Batch, clients: int, work: float) -> str:
         subject: what is trained.
         batch: examples, for their shapes.
         clients: how many train in a round.
-        work: how much there is to do in the run, in any unit; its power of ten counts.
+        work: how much there is to do in the run, in any unit; its power of ten counts, from
+            :data:`LITTLE` on. So short runs of one model share a plan, and end with the same bits.
     """
     runtime, now = subject.runtime, versions()
     parts = {
@@ -55,7 +59,7 @@ def key(subject: Subject, batch: Batch, clients: int, work: float) -> str:
         ],
         "examples": {name: [list(c.shape), str(c.dtype)] for name, c in batch.items()},
         "clients": clients,
-        "work": round(math.log10(max(work, 1))),
+        "work": round(math.log10(max(work, LITTLE))),
         "privacy": None if runtime.private is None else runtime.run.privacy.clipping,
         "machine": _machine(runtime),
         "versions": [now["umbel"], now.get("commit"), now["torch"]],

@@ -52,21 +52,23 @@ def losses(model, batch):
     return functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
 
 
-def engine(build=logistic, plan=None, **client):
+def engine(build=logistic, plan=None, rounds=1, **client):
     draw = np.random.default_rng(0)
     x = draw.standard_normal((CLIENTS * 4, 6)).astype(np.float32)
     train = {"x": x, "y": draw.integers(0, 3, CLIENTS * 4)}
     held = Holdings.of(np.split(np.arange(CLIENTS * 4), CLIENTS))
     data = FederatedData(Info("x", (6,), 3), Numbered(CLIENTS), train, held, None, None, None)
     table = {"lr": 0.1, "batch_size": 2, "device": "cpu", **client}
-    run = resolve({"data": {"name": "x"}, "task": {"kind": "x"}, "client": table})
+    run = resolve(
+        {"run": {"rounds": rounds}, "data": {"name": "x"}, "task": {"kind": "x"}, "client": table}
+    )
     task = Task(build, losses, lambda model, batch: {})
     return vectorised(run, data, task, ClientRule(), pytest.fail, plan=plan), task, data
 
 
-def record_of(build=logistic, plan=None, **client):
+def record_of(build=logistic, plan=None, rounds=1, **client):
     """The record after a round, and the round's deltas."""
-    made, task, data = engine(build, plan, **client)
+    made, task, data = engine(build, plan, rounds, **client)
     assert isinstance(made, Vectorised)
     assert made.plan_record() == {}
     model = model_of(initial_module(task, 0))
@@ -127,6 +129,13 @@ def test_another_setting_is_another_plan(cache):
     for client in ({}, {"batch_size": 4}, {"optimizer": "adam"}):
         assert record_of(**client)[0]["source"] == "trial"
     assert len(json.loads(cache.read_text())) == 3
+
+
+def test_the_length_of_a_run_is_another_plan_only_where_it_is_long(cache):
+    """So that a run of five rounds ends with the bits of one of three that went on to five."""
+    sources = [record_of(rounds=rounds)[0]["source"] for rounds in (3, 5, 20, 100_000)]
+    assert sources == ["trial", "cache", "cache", "trial"]
+    assert len(json.loads(cache.read_text())) == 2
 
 
 def test_a_pinned_plan_is_taken_whatever_is_remembered():
