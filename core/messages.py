@@ -47,7 +47,7 @@ PROBLEMS = {
     "state": "has no place for what the strategy has clients keep",
     "request": "cannot read the request; is it the same version of Umbel?",
     "data": "cannot read its data",
-    "client": "is not the client that the request names",
+    "client": "is not the client that the request names, or its data are others'",
     "task": "cannot build the task",
     "model": "was sent a model that is not the task's",
     "budget": "does not pay for that out of its privacy budget",

@@ -28,10 +28,12 @@ from umbel.datasets.holdout import stratified
 DEFAULT_SHARE = 0.2
 
 
-def load(section: run_file.Data, seed: int) -> FederatedData:
+def load(section: run_file.Data, seed: int, site: str | None = None) -> FederatedData:
     """The data set that ``[data]`` names, dealt to clients; read-only from here on.
 
-    ``section``, ``seed`` and the files decide the result. Test examples come, in this order, from
+    ``section``, ``seed`` and the files decide the result. Where the files are a ``site``'s, no
+    split is applied: they belong to the owners that they name, or else to the site alone. Test
+    examples come, in this order, from
 
     1. ``holdout`` > 0: a stratified share of the training examples, the same for every split; the
        data set's own test part is then left out;
@@ -47,6 +49,9 @@ def load(section: run_file.Data, seed: int) -> FederatedData:
             damaged file, a split that cannot be made, a client without training examples.
     """
     data = read(section)
+    if site is not None:
+        data = _owned(data, site)
+        section = section.model_copy(update={"split": None})
     split = section.split or run_file.Split(kind="iid" if data.owner is None else "natural")
     natural = split.kind == "natural"
     holdout, client_holdout = _shares(section, data, natural)
@@ -138,6 +143,14 @@ def _shares(section: run_file.Data, data: Dataset, natural: bool) -> tuple[float
         if section.holdout is None and not (natural and client_holdout):
             holdout = DEFAULT_SHARE
     return holdout, client_holdout
+
+
+def _owned(data: Dataset, site: str) -> Dataset:
+    """The same, nobody else being named, as this owner's."""
+    if data.owner is not None:
+        return data
+    test = None if data.test is None else np.full(rows(data.test), site)
+    return replace(data, owner=np.full(rows(data.train), site), test_owner=test)
 
 
 def _hold_out(data: Dataset, share: float, seed: int) -> Dataset:

@@ -267,13 +267,14 @@ def _stage(code: str) -> Iterator[None]:
 
 def _site(run: RunFile, context: Context, asked: str | None = None) -> Site:
     """The client that lives on this node; ``asked`` must be its name."""
-    section = run.data
+    section, owner = run.data, None
     if "client" in context.node_config:  # a site never opens a path that a server names
         _allow(run, str(context.node_config.get("allow", "")))
         path = context.node_config.get("data")
         section = section.model_copy(update={"path": None if path is None else str(path)})
+        owner = None if path is None else str(context.node_config["client"])
     with _stage("data"):
-        data = _load(section.model_dump_json(), run.run.seed)
+        data = _load(section.model_dump_json(), run.run.seed, owner)
     with _stage("client"):
         site = _find(data, context)
         if asked is not None and asked != site.name:
@@ -310,7 +311,7 @@ def _find(data: FederatedData, context: Context) -> Site:
     name = str(name)
     if name in data.names:
         return Site(name, data.names.index(name), data)
-    if len(data.names) == 1:  # the site's files hold nobody else's examples
+    if len(data.names) == 1:  # the site's files hold nobody else's examples, by whatever name
         return Site(name, 0, data)
     raise InputError(
         f"client = {name!r} is none of the {len(data.names)} clients of the data",
@@ -376,11 +377,11 @@ def _runtime(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(section: str, seed: int) -> FederatedData:
+def _load(section: str, seed: int, owner: str | None = None) -> FederatedData:
     from umbel.core.run_file import Data
     from umbel.datasets.build import load
 
-    return load(Data.model_validate_json(section), seed)
+    return load(Data.model_validate_json(section), seed, owner)
 
 
 @functools.lru_cache(maxsize=1)

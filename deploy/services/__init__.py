@@ -16,6 +16,10 @@ import umbel
 
 FOLDER = "service"
 
+SHOWN = "keys"
+"""In it, an empty folder that a container sees in place of the keys, with the secrets put into it:
+a tmpfs would be root's, and not every engine can give it to the container's user."""
+
 
 def write_services(
     kind: Literal["server", "site"], folder: Path, *, port: int = 0, data: Path | None = None
@@ -36,6 +40,7 @@ def write_services(
     at_home = folder.is_relative_to("/home") or folder.is_relative_to("/root")
     values = {
         "folder": str(folder),
+        "shown": str(folder / FOLDER / SHOWN),
         "project": re.sub(r"[^a-z0-9_-]", "-", f"umbel-{folder.name}".lower()),
         "parent": str(folder.parent),
         "umbel": str(beside),
@@ -50,6 +55,7 @@ def write_services(
     }
     made = folder / FOLDER
     made.mkdir(mode=0o700, exist_ok=True)
+    (made / SHOWN).mkdir(mode=0o700, exist_ok=True)
     values["hardening"] = _filled("hardening", values)
     (made / f"umbel-{kind}.service").write_text(_filled(f"{kind}.service", values))
     (made / "compose.yaml").write_text(_filled(f"{kind}.compose.yaml", values))

@@ -198,6 +198,27 @@ def test_test_parts_of_owners(tmp_path: Path) -> None:
         loaded(**table)
 
 
+def test_a_sites_files_are_its_own_whatever_the_split(tmp_path: Path) -> None:
+    x, y = np.arange(20.0)[:, None], np.arange(20) % 2
+    section = Data.model_validate(
+        {"name": "npz", "path": str(tmp_path), "split": {"kind": "iid", "clients": 1000}}
+    )
+    np.savez(tmp_path / "own.npz", x=x, y=y)
+    data = load(section, 0, "basel")
+    assert list(data.names) == ["basel"]
+    kept = data.test_part(0)
+    assert kept is not None
+    assert (rows(data.train_part(0)), rows(kept)) == (16, 4)
+    np.savez(tmp_path / "own.npz", x=x, y=y, x_test=x[:3], y_test=y[:3])
+    data = load(section, 0, "basel")
+    kept = data.test_part(0)
+    assert data.test is None
+    assert kept is not None
+    assert (rows(data.train_part(0)), rows(kept)) == (20, 3)
+    np.savez(tmp_path / "own.npz", x=x, y=y, client=np.repeat(["basel", "cork"], 10))
+    assert list(load(section, 0, "basel").names) == ["basel", "cork"]
+
+
 @pytest.mark.data
 def test_hospitals_keep_their_own_test_parts(data_root: Path) -> None:
     data = loaded(name="heart-disease", path=str(data_root))

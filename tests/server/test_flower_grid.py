@@ -297,7 +297,7 @@ def test_a_site_never_opens_a_path_that_the_server_names(tmp_path: Path) -> None
     import numpy as np
 
     np.savez(tmp_path / "d.npz", x=np.zeros((9, 3)), y=np.arange(9) % 2)
-    split = {"kind": "iid", "clients": 1}
+    split = {"kind": "iid", "clients": 3}  # of a simulation
     run = run_file(data={"name": "npz", "path": str(tmp_path / "d.npz"), "split": split})
     own = LocalGrid(client_app, [{"client": "a", "data": str(tmp_path / "d.npz")}])
     assert GridFederation(own, run, sites=1).clients() == ["a"]
@@ -310,18 +310,15 @@ def test_a_site_runs_no_code_that_the_server_names(tmp_path: Path) -> None:
 
     data, told = tmp_path / "d.npz", tmp_path / "executed"
     np.savez(data, x=np.zeros((9, 3)), y=np.arange(9) % 2)
-    split = {"kind": "iid", "clients": 1}
     hostile = {"name": "subprocess:call", "args": ["touch", str(told)]}
-    run = run_file(
-        data={"name": "npz", "split": split}, task={"kind": "classification", "model": hostile}
-    )
+    run = run_file(data={"name": "npz"}, task={"kind": "classification", "model": hostile})
     site = {"client": "a", "data": str(data)}
     problem = r"does not allow what the run asks for \(InputError\)"
     with pytest.raises(RunError, match=problem):
         GridFederation(LocalGrid(client_app, [site]), run, sites=1)
     assert not told.exists()
     allowed = run_file(
-        data={"name": "npz", "split": split},
+        data={"name": "npz"},
         task={"kind": "classification", "model": "umbel.tasks.models.logistic:logistic"},
     )
     with pytest.raises(RunError, match=problem):
