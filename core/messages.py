@@ -183,7 +183,7 @@ class Problem(Settings):
         return f"{PROBLEMS[self.error]} ({self.exception})"
 
 
-TAKE, GIVE = "/v1/fleet/take", "/v1/fleet/give"
+TAKE, GIVE, BEAT = "/v1/fleet/take", "/v1/fleet/give", "/v1/fleet/beat"
 """A message each way in one request: what Umbel's sites use where their server has it."""
 
 

@@ -93,6 +93,7 @@ class ServerFolder:
         self.status_file = self.path / "status.json"
         self.lock_file = self.path / "server.lock"
         self.clients_file = self.path / "clients.json"
+        self._known: dict[Path, tuple[tuple[int, int, int], SiteRecord]] = {}
 
     def make(self) -> None:
         """Makes the folders, for the owner's eyes alone."""
@@ -148,10 +149,17 @@ class ServerFolder:
     def _sites(self) -> Iterator[SiteRecord]:
         for path in sorted(self.sites_folder.glob("*.json")):
             try:
+                status = path.stat()  # a record is replaced, never written over
+                version = status.st_ino, status.st_mtime_ns, status.st_size
+                known = self._known.get(path)
+                if known is not None and known[0] == version:
+                    yield known[1]
+                    continue
                 table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
                 table["node_key"] = table["node_key"].encode("ascii")
                 table["identity"] = bytes.fromhex(table["identity"])
-                yield SiteRecord(**table)
+                self._known[path] = version, SiteRecord(**table)
+                yield self._known[path][1]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(
                     "a site's record is damaged", where=str(path), fix="approve the site again"

@@ -43,11 +43,12 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
-from umbel.core.messages import GIVE, TAKE, read_frames, write_frames
+from umbel.core.messages import BEAT, GIVE, TAKE, read_frames, write_frames
 
 MEDIA = "application/protobuf"
 SMALL = 1 << 20
 """Bytes of a response that carries no object."""
+BEAT_TIMEOUT = 5.0
 BEAT_SECONDS = 8.0
 """Between two signs of life; without one for a minute, the server gives the site up for a round."""
 TAKE_SECONDS = 60.0
@@ -151,11 +152,20 @@ class Fleet:
         Raises:
             LostError, DeniedError.
         """
+        if not self._plain:
+            try:
+                self._request(BEAT, b"", SMALL, BEAT_TIMEOUT)
+                return
+            except GoneError:
+                self._plain = True
         request = heartbeat_pb2.SendNodeHeartbeatRequest(
             node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
         )
         reply = self._call(
-            "send-node-heartbeat", request, heartbeat_pb2.SendNodeHeartbeatResponse, timeout=5.0
+            "send-node-heartbeat",
+            request,
+            heartbeat_pb2.SendNodeHeartbeatResponse,
+            timeout=BEAT_TIMEOUT,
         )
         if not reply.success:
             raise DeniedError("the server does not know this site")

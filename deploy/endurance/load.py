@@ -1,18 +1,20 @@
-"""Hundreds of sites on one server: most idle, some training, in one process that is not the server.
+"""Hundreds of sites on one server: most idle, some training, in processes that are not the server.
 
-The idle ones speak the protocol as a site does, over a TLS connection of their own each: a request
-for work that waits at the server, and a sign of life. Those that train are whole sites, whose
-workers are threads of this process, because twenty copies of torch would measure this machine's
-memory and not the server.
+The idle ones, in a process of theirs, speak the protocol as a site does, over TLS connections of
+their own each: a request for work that waits at the server, and a sign of life. Those that train
+are whole sites, whose workers are threads of this process, because twenty copies of torch would
+measure this machine's memory and not the server.
 """
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,15 +80,13 @@ def load(
     network.provision()
     report(f"{len(places)} sites have joined")
     network.start(SERVER)
-    stop = threading.Event()
     threads = [_site(network.sites[name]) for name in trainers]
+    crowd = _Crowd()
     try:
         network.wait_for(lambda: len(network.online()) >= training, "the sites", 600)
         job = network.submit(_run(), training)
         network.wait_for(lambda: _begun(network, job), "the first round", 600)
-        crowd = [_Idle(network.sites[place.client], stop) for place in places[training:]]
-        for one in crowd:
-            one.start()
+        crowd.start([network.sites[place.client].path for place in places[training:]])
         network.wait_for(lambda: len(network.online()) >= len(places), "the idle ones", 600)
         before = network.job(job).round
         report(f"{idle} idle sites are there, at round {before}")
@@ -96,10 +96,9 @@ def load(
         if network.job(job).state == "running":  # all rounds may be done
             network.umbel("stop", job.id, "--folder", str(network.server.path))
         done = network.finish(job, 300)
-        stop.set()
-        return _loaded(network, crowd, training, done, before, after, online)
+        return _loaded(network, crowd.end(), idle, training, done, before, after, online)
     finally:
-        stop.set()
+        crowd.kill()
         network.stop()
         del threads  # daemons: their server is gone
 
@@ -113,7 +112,8 @@ def _begun(network: Network, job: Job) -> bool:
 
 def _loaded(
     network: Network,
-    crowd: list[_Idle],
+    waited: _Waited,
+    idle: int,
     training: int,
     job: Job,
     before: int,
@@ -124,32 +124,80 @@ def _loaded(
     history = store.history(job.run_id)
     store.close()
     faults = []
-    if online < len(crowd) + training:
-        faults.append(f"{online} of {len(crowd) + training} sites were online at the end")
+    if online < idle + training:
+        faults.append(f"{online} of {idle + training} sites were online at the end")
     if [record.round for record in history] != list(range(1, len(history) + 1)):
         faults.append("rounds have gaps")
     for record in history:
         faults += [f"round {record.round}: {f.client} {f.reason}" for f in record.failures]
     if after <= before:
         faults.append("no round was committed")
-    polls = [late for one in crowd for late in one.polls]
-    beats = [took for one in crowd for took in one.beats]
     return Loaded(
-        len(crowd),
+        idle,
         training,
         after - before,
         round(statistics.median(r.seconds for r in history[before:] or history), 3),
-        len(polls),
-        _p99(polls),
-        len(beats),
-        _p99(beats),
-        sum(one.lost for one in crowd),
+        len(waited.polls),
+        _p99(waited.polls),
+        len(waited.beats),
+        _p99(waited.beats),
+        waited.lost,
         tuple(faults),
     )
 
 
 def _p99(seconds: list[float]) -> float:
     return round(1000 * float(np.quantile(seconds, 0.99)), 1) if seconds else float("nan")
+
+
+class _Waited(NamedTuple):
+    """What idle sites saw: how late empty answers came, how long beats took, and what was lost."""
+
+    polls: list[float]
+    beats: list[float]
+    lost: int
+
+
+class _Crowd:
+    """Idle sites, in a process of their own."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ended = context.Event()
+        self._found: Any = context.Queue()
+        self._make = partial(context.Process, daemon=True, target=_wait_for_work)
+        self._process: multiprocessing.process.BaseProcess | None = None
+
+    def start(self, folders: list[Path]) -> None:
+        """Begins."""
+        self._process = self._make(args=(folders, self._ended, self._found))
+        self._process.start()
+
+    def end(self) -> _Waited:
+        """Ends, with what they saw."""
+        self._ended.set()
+        found = _Waited(*self._found.get(timeout=60))
+        self.kill()
+        return found
+
+    def kill(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+
+def _wait_for_work(folders: list[Path], ended: Any, found: Any) -> None:
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    stop = threading.Event()
+    crowd = [_Idle(SiteFolder(folder), stop) for folder in folders]
+    for one in crowd:
+        one.start()
+    ended.wait()
+    stop.set()
+    polls = [late for one in crowd for late in one.polls]
+    beats = [took for one in crowd for took in one.beats]
+    found.put((polls, beats, sum(one.lost for one in crowd)))
 
 
 class _Idle:

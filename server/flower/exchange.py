@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from flwr.common.constant import Status
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -74,7 +75,7 @@ class Bell:
                 del self._waiting[node]
 
     async def _ring(self) -> None:
-        uri = f"file:{self._database}?mode=ro"
+        uri = f"file:{quote(str(self._database))}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=5.0)) as connection:
             version, last_nodes = None, set[int]()
             while self._waiting:
@@ -102,9 +103,7 @@ def take(state: LinkState, node: int, have: Sequence[str] | None) -> bytes | Non
         have: where it has just started: the messages that it kept. What was given to it before and
             is neither among them nor answered is given again.
     """
-    if have is None and not _waits(state, node):
-        return None  # nothing to write down: hundreds of idle sites ask every few seconds
-    with _writing(state):
+    with writing(state):
         if have is not None:
             _put_back(state, node, have)
         for message in state.get_message_ins(node_id=node, limit=1):
@@ -143,7 +142,7 @@ def give(state: LinkState, node: int, body: bytes) -> None:
         raise WrongError(403, "not yours")
     if len(parts) != len(contents):
         raise WrongError(400, "malformed")
-    with _writing(state):
+    with writing(state):
         if not _goes_on(state, metadata.run_id):
             raise WrongError(403, "the run is over")
         if state.store_message_res(message) is None:
@@ -157,7 +156,7 @@ def give(state: LinkState, node: int, body: bytes) -> None:
 
 
 @contextmanager
-def _writing(state: LinkState) -> Iterator[None]:
+def writing(state: LinkState) -> Iterator[None]:
     """A transaction, one at a time: SQLite lets several wait for each other by sleeping.
 
     Raises:
@@ -170,15 +169,6 @@ def _writing(state: LinkState) -> Iterator[None]:
             yield
     finally:
         _turn.release()
-
-
-def _waits(state: LinkState, node: int) -> bool:
-    return bool(
-        state.query(  # type: ignore[attr-defined]
-            "SELECT 1 FROM message_ins WHERE dst_node_id = :node AND delivered_at = '' LIMIT 1",
-            {"node": uint64_to_int64(node)},
-        )
-    )
 
 
 def _goes_on(state: LinkState, run_id: int) -> bool:

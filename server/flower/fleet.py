@@ -11,11 +11,13 @@ import asyncio
 import base64
 import binascii
 import logging
+import sqlite3
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import pydantic
 import uvicorn
@@ -25,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from fastapi import FastAPI
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
-from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
@@ -36,14 +38,18 @@ from sqlalchemy.exc import OperationalError
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
-from umbel.core.messages import GIVE, TAKE
+from umbel.core.messages import BEAT, GIVE, TAKE
 from umbel.core.settings import NonNegative, Settings
 from umbel.server.flower.exchange import LONGEST_WAIT, Bell, WrongError, give, take
+from umbel.server.flower.presence import Pulse, Register
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 SMALL = 64 * 1024
 """Bytes that a body of anybody may have: all requests but those that carry results."""
@@ -63,11 +69,13 @@ OPEN = frozenset(
         "confirm-message-received",
         "take",
         "give",
+        "beat",
     )
 )
 """What is reachable. Registering is the administrator's, in person."""
 
 HEALTH = "/health"
+LEAVE = "/v1/fleet/deactivate-node"
 STILL_MEMBER = 5.0
 """Seconds after which a site that waits for a message must still be a member."""
 
@@ -125,6 +133,11 @@ class Gate:
         self._factory = factory
         self._largest = largest
         self._bell = Bell(Path(factory.database))
+        self._register = Register(Path(factory.database))
+        self._pulse = Pulse(factory)
+        # One, since transactions go one by one: many that wait for each other would take all the
+        # threads by which requests are checked.
+        self._writer = ThreadPoolExecutor(1, "writer")
         self._newest: defaultdict[int, int] = defaultdict(int)
         self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -144,7 +157,7 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         declared = headers.get(b"content-length", b"")
         size = int(declared) if declared.isdigit() else None
-        ours = scope["path"] in (TAKE, GIVE)
+        ours = scope["path"] in (TAKE, GIVE, BEAT)
         member = None
         if ours or size is None or size > SMALL:
             member = await asyncio.to_thread(self._signer, headers)
@@ -153,6 +166,8 @@ class Gate:
             log.warning("a body of %d bytes was refused", size)
             await _answer(send, 413, b"too large")
         elif not ours:
+            if scope["path"] == LEAVE:
+                await self._pulse.settle()
             await self._flowers(scope, receive, send, room)
         elif member is None:
             await _answer(send, 401, b"not a member")
@@ -200,15 +215,19 @@ class Gate:
             if not message.get("more_body", False):
                 break
         try:
-            if path == GIVE:
-                await asyncio.to_thread(give, self._factory.state(), member.node, bytes(body))
+            if path == BEAT:
+                self._pulse.heard(member.node)
+                answer = b""
+            elif path == GIVE:
+                await self._written(give, member.node, bytes(body))
                 answer = b""
             else:
                 answer = await self._taken(member, bytes(body))
         except WrongError as wrong:
             await _answer(send, wrong.status, str(wrong).encode())
-        except OperationalError as error:  # locked, or the disk is full: the site asks again
-            log.warning("%s: %s", path, error.orig)
+        except (OperationalError, sqlite3.OperationalError) as error:
+            # Locked, or the disk is full: the site asks again.
+            log.warning("%s: %s", path, getattr(error, "orig", error))
             await _answer(send, 503, b"try again")
         except Exception:
             log.exception("%s failed", path)
@@ -235,18 +254,24 @@ class Gate:
             async with self._turns[member.node]:
                 if self._newest[member.node] != number:
                     return b""
-                found = await asyncio.to_thread(self._next, member, have)
+                found = None
+                if await asyncio.to_thread(self._waits, member, have):
+                    found = await self._written(take, member.node, have)
             left = until - clock()
             if found is not None or left <= 0:
                 return found or b""
             have = None
             await self._bell.wait(member.node, min(left, STILL_MEMBER))
 
-    def _next(self, member: Member, have: Sequence[str] | None) -> bytes | None:
-        state = self._factory.state()
-        if state.get_node_id_by_public_key(member.key) != member.node:
+    def _waits(self, member: Member, have: Sequence[str] | None) -> bool:
+        """Whether there is something to write down; idle sites ask every few seconds."""
+        if self._register.member(member.key) != member.node:
             raise WrongError(401, "not a member")  # shut out while it waited
-        return take(state, member.node, have)
+        return have is not None or self._register.waits(member.node)
+
+    async def _written(self, work: Callable[[LinkState, int, A], R], node: int, what: A) -> R:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._writer, work, self._factory.state(), node, what)
 
     def _signer(self, headers: dict[bytes, bytes]) -> Member | None:
         """The member who has signed the time that the request names, and that is now."""
@@ -265,7 +290,7 @@ class Gate:
             public.verify(signature, stamp, ec.ECDSA(hashes.SHA256()))
         except (KeyError, ValueError, TypeError, binascii.Error, InvalidSignature):
             return None
-        node = self._factory.state().get_node_id_by_public_key(key)
+        node = self._register.member(key)
         return None if node is None else Member(node, key)
 
 

@@ -14,11 +14,12 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from sqlalchemy.exc import OperationalError
 
-from umbel.core.messages import GIVE, TAKE, read_frames, write_frames
-from umbel.server.flower import fleet, link
-from umbel.server.flower.fleet import SMALL, Gate
+from umbel.core.messages import BEAT, GIVE, TAKE, read_frames, write_frames
+from umbel.server.flower import fleet, link, presence
+from umbel.server.flower.fleet import LEAVE, SMALL, Gate
 
 LARGEST = 10 * SMALL
 
@@ -83,6 +84,12 @@ def ask(
     gate: Gate, path: str, pieces: list[bytes], headers: dict[str, str], method: str = "POST"
 ) -> tuple[int, bytes]:
     """One request; its status and body."""
+    return asyncio.run(asked(gate, path, pieces, headers, method))
+
+
+async def asked(
+    gate: Gate, path: str, pieces: list[bytes], headers: dict[str, str], method: str = "POST"
+) -> tuple[int, bytes]:
     left = list(pieces)
     said: list[MutableMapping[str, Any]] = []
 
@@ -95,7 +102,7 @@ def ask(
 
     raw = [(k.encode(), v.encode()) for k, v in headers.items()]
     scope = {"type": "http", "path": path, "method": method, "headers": raw}
-    asyncio.run(gate(scope, receive, send))
+    await gate(scope, receive, send)
     return said[0]["status"], said[1]["body"]
 
 
@@ -165,8 +172,93 @@ def test_a_locked_database_is_a_reason_to_ask_again(
         raise OperationalError("UPDATE", {}, Exception("database is locked"))
 
     monkeypatch.setattr(fleet, "take", locked)
-    body = json.dumps({"wait": 0}).encode()
+    body = json.dumps({"wait": 0, "have": []}).encode()
     assert ask(gate[0], TAKE, [body], member.headers())[0] == 503
+
+
+def test_a_sign_of_life_is_a_members_and_written_as_flower_writes_it(database: Path) -> None:
+    ours, flowers, stranger = Node(), Node(), Node()
+    factory = link.open_factory(database)
+    state = factory.state()
+    numbers = [link.register(database, node.pem, "") for node in (ours, flowers)]
+    door = Gate(Behind(), factory, LARGEST)
+
+    async def beats_and_time() -> None:
+        for node, status in ((ours, 200), (ours, 200), (stranger, 401)):
+            assert (await asked(door, BEAT, [], node.headers()))[0] == status
+        await asyncio.sleep(3 * presence.GATHER)
+
+    for _ in range(2):  # from offline, and from online
+        asyncio.run(beats_and_time())
+        state.acknowledge_node_heartbeat(numbers[1], HEARTBEAT_DEFAULT_INTERVAL)
+        mine, theirs = (state.get_node_info(node_ids=[number])[0] for number in numbers)
+        assert mine.status == theirs.status == "online"
+        assert abs(mine.online_until - theirs.online_until) < 3 * presence.GATHER + 1
+        times = (datetime.fromisoformat(n.last_activated_at) for n in (mine, theirs))
+        assert abs((next(times) - next(times)).total_seconds()) < 3 * presence.GATHER + 1
+        assert mine.heartbeat_interval == theirs.heartbeat_interval
+    link.revoke(database, numbers[0])
+    assert ask(door, BEAT, [], ours.headers())[0] == 401
+    presence.beat(state, numbers)  # one that was noted before it was shut out
+    assert not state.get_node_info(node_ids=[numbers[0]], statuses=["online"])
+
+
+def test_who_says_farewell_is_not_taken_for_alive_by_an_earlier_sign(database: Path) -> None:
+    node = Node()
+    number = link.register(database, node.pem, "")
+    state = link.open_factory(database).state()
+
+    async def leaves(scope: Any, receive: Any, send: Any) -> None:
+        state.deactivate_node(number)
+        await Behind()(scope, receive, send)
+
+    door = Gate(leaves, link.open_factory(database), LARGEST)
+
+    async def beats_and_leaves() -> None:
+        assert (await asked(door, BEAT, [], node.headers()))[0] == 200
+        assert (await asked(door, LEAVE, [b"x"], sized(1)))[0] == 200
+        await asyncio.sleep(2 * presence.GATHER)
+
+    asyncio.run(beats_and_leaves())
+    [info] = state.get_node_info(node_ids=[number])
+    assert info.status == "offline"
+
+
+def test_signs_of_life_wait_for_a_database_that_is_locked(
+    database: Path, member: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[set[int]] = []
+
+    def locked_at_first(state: Any, nodes: set[int]) -> None:
+        tried.append(nodes)
+        if len(tried) < 3:
+            raise OperationalError("UPDATE", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(presence, "beat", locked_at_first)
+    monkeypatch.setattr(presence, "GATHER", 0.01)
+    door = Gate(Behind(), link.open_factory(database), LARGEST)
+
+    async def beats_and_time() -> None:
+        assert (await asked(door, BEAT, [], member.headers()))[0] == 200
+        for _ in range(500):
+            await asyncio.sleep(0.01)
+            if len(tried) == 3:
+                break
+
+    asyncio.run(beats_and_time())
+    assert len(tried) == 3
+    assert tried[0] == tried[1] == tried[2] != set()
+
+
+def test_the_register_says_what_flower_says(database: Path, member: Node) -> None:
+    state, register = link.open_factory(database).state(), presence.Register(database)
+    out = Node()
+    link.revoke(database, link.register(database, out.pem, ""))
+    for node in (member, out, Node()):
+        assert register.member(node.pem) == state.get_node_id_by_public_key(node.pem)
+    number = register.member(member.pem)
+    assert number is not None
+    assert not register.waits(number)
 
 
 def test_frames_are_read_as_they_were_written() -> None:
