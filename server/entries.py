@@ -12,7 +12,10 @@ from umbel.core.errors import InputError, suggest
 if TYPE_CHECKING:  # pydantic is loaded only where a run file is asked for
     from umbel.core.run_file import RunFile
 
-Status: TypeAlias = Literal["running", "finished", "interrupted", "failed", "budget_exhausted"]
+Ordered: TypeAlias = Literal["queued", "paused", "stopped"]
+Status: TypeAlias = (
+    Literal["running", "finished", "interrupted", "failed", "budget_exhausted"] | Ordered
+)
 Ended: TypeAlias = Literal["finished", "interrupted", "failed", "budget_exhausted"]
 
 
@@ -23,7 +26,8 @@ class RunEntry:
     Args:
         run_id: of the run, unique in the store.
         name: ``[run] name``.
-        status: ``running`` only while a live process runs it.
+        status: ``running`` only while a live process runs it; what is interrupted by an order, a
+            server's queue knows, and the store does not.
         engine: where its clients lived.
         started: when, ISO 8601, UTC.
         finished: when it last ended, or ``None``.

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from umbel.deploy.server_folder import ServerFolder, SiteRecord
 from umbel.deploy.state import ServerState, server_state
 from umbel.server import journal
 from umbel.server.database import Database, locate
-from umbel.server.entries import RunEntry
+from umbel.server.entries import Ordered, RunEntry
 from umbel.server.schema import dispatch_table
 from umbel.server.store import RunStore
 
@@ -123,8 +124,17 @@ class Source:
         return None if self.folder is None else server_state(self.folder)
 
     def runs(self) -> Sequence[RunEntry]:
-        """The runs, the newest first."""
-        return self.store.list()
+        """The runs, the newest first; one that was interrupted by an order is what was ordered."""
+        ordered: dict[str, Ordered] = {}
+        for job in self.queue():
+            if job.state in ("queued", "paused", "stopped"):
+                ordered.setdefault(job.run_id, job.state)
+        return [
+            replace(entry, status=ordered[entry.run_id])
+            if entry.status == "interrupted" and entry.run_id in ordered
+            else entry
+            for entry in self.store.list()
+        ]
 
     def run(self, run_id: str) -> RunEntry:
         """The run with exactly this id.

@@ -357,6 +357,18 @@ def test_pages_show_what_the_store_has(site: Site, made: Any) -> None:
     assert "run.name" in compared
 
 
+@pytest.mark.parametrize("state", ["paused", "stopped"])
+def test_what_was_ordered_is_not_called_an_accident(made: Any, tmp_path: Path, state: Any) -> None:
+    made = type(made)(tmp_path / "server")  # of its own
+    made.store.finish(made.live, "interrupted")
+    jobs, source = Jobs(made.folder.jobs_database), Source(str(made.folder.store), made.folder)
+    assert source.run(made.live).status == "interrupted"  # and the queue says that it runs
+    jobs.change(made.job.id, state=state)
+    statuses = {entry.run_id: entry.status for entry in source.runs()}
+    assert statuses == {made.live: state, made.other: "failed", made.finished: "finished"}
+    made.store.close()
+
+
 def test_the_api_gives_the_same_as_json(site: Site, made: Any) -> None:
     viewer = site.clients["viewer"]
     runs = viewer.get("/api/runs").json()["runs"]
