@@ -19,7 +19,7 @@ from umbel.client.policy import Policy, PolicyError, check_round, check_run, rea
 from umbel.core import messages, seal
 from umbel.core.audit_log import AuditLog, read
 from umbel.core.errors import InputError
-from umbel.core.messages import HELLO, MANIFEST, SECURE_STAGES, TRAIN, Problem
+from umbel.core.messages import HELLO, MANIFEST, SECURE_STAGES, STAGES, TRAIN, Problem
 from umbel.core.seal import SEAL, BrokenSealError, Records, Seal
 
 ACCEPTED, REFUSED = "accepted", "refused"
@@ -27,6 +27,10 @@ ACCEPTED, REFUSED = "accepted", "refused"
 COUNTED = (TRAIN, f"{TRAIN}.{SECURE_STAGES[0]}")
 """Requests that begin a round of training: the policy bounds how few sites may be asked. In later
 stages of a secure sum sites may be missing; how many, its own protocol bounds by the same rule."""
+
+GREETINGS = (HELLO, STAGES)
+"""Requests whose answer is the same each time. A run begins with them whenever it is started again:
+bounding them would end a run that was paused, or whose server was killed, once too often."""
 
 
 class Accepted(NamedTuple):
@@ -176,7 +180,7 @@ class Guard:
         check_round(
             policy,
             opened.asked,
-            self._rounds[opened.job, opened.group, opened.kind, _question(facts)],
+            0 if opened.kind in GREETINGS else self._rounds[_what(facts)],
             self._local_time(),
             trains=opened.kind in COUNTED,
         )
@@ -190,12 +194,12 @@ class Guard:
             self._nonces = {
                 n: ends for n, ends in self._nonces.items() if ends + seal.CLOCK_SKEW > now
             }
-        self._rounds[facts["job"], facts["round"], facts["kind"], _question(facts)] += 1
+        self._rounds[_what(facts)] += 1
 
 
-def _question(facts: dict[str, Any]) -> str:
-    """What was asked, where a round of stages has several questions; each may be repeated."""
-    return str(facts.get("question", ""))
+def _what(facts: dict[str, Any]) -> tuple[str, str, str, str]:
+    """What was asked: a round of stages may have several questions, and each may be repeated."""
+    return facts["job"], facts["round"], facts["kind"], str(facts.get("question", ""))
 
 
 def _accepted(opened: Seal, policy: Policy) -> Accepted:

@@ -46,7 +46,7 @@ own_parts = []
 # hours = "20:00-06:00"           # local time
 maximum_bytes = 2000000000        # of one message
 maximum_rounds = 1000
-repeats = 3                       # how often one round may be asked for again (a server restarts)
+repeats = 3                       # how often a round may be worked for again (a server restarts)
 # threads = 4                     # that compute
 # memory_mb = 8000                # of the process that trains, PyTorch itself (some 700) included
 # gpu_share = 0.5                 # of each GPU's memory
@@ -169,7 +169,7 @@ def check_round(policy: Policy, asked: int, before: int, now: datetime, *, train
     Args:
         policy: the site's.
         asked: sites that the server asks at the same time.
-        before: how often this very round was accepted before.
+        before: how often this very work was accepted before.
         now: local time.
         trains: whether an update is asked for, not a greeting or an evaluation.
     Raises:

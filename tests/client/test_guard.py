@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from umbel.client.folder import Kit, SiteFolder
 from umbel.client.guard import Accepted, Guard, Refusal
 from umbel.core import audit_log, messages, seal, signing
-from umbel.core.messages import HELLO, MANIFEST, MODEL, TRAIN
+from umbel.core.messages import HELLO, MANIFEST, MODEL, STAGES, TRAIN
 from umbel.core.run_file import resolve
 
 POLICY = """
@@ -167,6 +167,15 @@ def test_a_round_is_not_asked_for_as_often_as_the_server_likes(site: Site) -> No
     assert site.log()[-1]["rule"] == "repeats"
     assert isinstance(site.decide(round=2), Accepted)
     assert isinstance(site.decide(job="job-2"), Accepted)
+
+
+def test_a_run_is_greeted_whenever_it_is_started_again(site: Site) -> None:
+    for _ in range(5):
+        for kind in (HELLO, STAGES):
+            message = site.message(kind=kind, round=0, asked=1)
+            assert isinstance(site.guard.decide(kind, message), Accepted)
+        site.restarted()
+    assert isinstance(site.decide(), Accepted)
 
 
 def test_the_policy_is_read_anew_for_each_request(site: Site) -> None:
