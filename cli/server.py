@@ -78,7 +78,8 @@ def approve(
     )
     authority = provisioning.fingerprint_of(server)
     if format is Format.json:
-        output.emit({"site": done.name, "kit": str(done.kit), "fingerprint": done.fingerprint})
+        told = {"kit": str(done.kit), "fingerprint": done.fingerprint, "authority": authority}
+        output.emit({"site": done.name, **told})
         return
     print(f"site '{done.name}' is in; its fingerprint is\n  {done.fingerprint}")
     print(f"send {done.kit} back; it is used with --ca-fingerprint\n  {authority}")
@@ -112,11 +113,13 @@ def kit(
     from umbel.deploy import provisioning
     from umbel.deploy.server_folder import ServerFolder
 
-    path = provisioning.write_kit(ServerFolder(folder), name)
+    server = ServerFolder(folder)
+    path, authority = provisioning.write_kit(server, name), provisioning.fingerprint_of(server)
     if format is Format.json:
-        output.emit({"kit": str(path)})
-    else:
-        print(path)
+        output.emit({"kit": str(path), "authority": authority})
+        return
+    print(path)
+    output.note(f"it is used with --ca-fingerprint\n  {authority}")
 
 
 @app.command()
