@@ -4,6 +4,7 @@ UmbelError                an error that a user can act on: message, where, fix
 ├── InputError            a run file, an option, a data file or a model is wrong      exit 2
 ├── RefusedError          a privacy budget or a policy said no                        exit 3
 └── RunError              a run could not go on (all clients failed, store broken)    exit 1
+    └── NotNowError       clients say at what hours they take part, and it is none    exit 1
 
 Everything else is a defect of Umbel and keeps its traceback.
 """
@@ -51,6 +52,10 @@ class RefusedError(UmbelError):
 
 class RunError(UmbelError):
     """A run could not go on."""
+
+
+class NotNowError(RunError):
+    """A run could not go on at this hour; it can at another, with nothing mended."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -183,6 +183,9 @@ class Problem(Settings):
         return f"{PROBLEMS[self.error]} ({self.exception})"
 
 
+NOT_NOW = Problem(error="policy", exception="hours").reason()
+"""Why a client does not take part that would at another hour."""
+
 TAKE, GIVE, BEAT = "/v1/fleet/take", "/v1/fleet/give", "/v1/fleet/beat"
 """A message each way in one request: what Umbel's sites use where their server has it."""
 

@@ -2,7 +2,7 @@
 
 A run has a process of its own. One that dies is started again and goes on from its last committed
 round; so is one that was under way when the whole server was killed. Only a run that several times
-in a row gets no further is given up.
+in a row gets no further is given up. Where sites take part at other hours, it waits.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ TICK = 0.2
 ATTEMPTS = 5
 """Starts in a row without a new round, after which a run has failed."""
 RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
+LATER_SECONDS = 300.0
+"""Between two starts of a run whose sites take part at other hours; these are not counted."""
 
 COMMAND = (sys.executable, "-P", "-m", "umbel.server.flower.run_process")
 
@@ -106,7 +108,7 @@ class Manager:
                 self._hear()
                 if self._process is not None:  # it died without a word
                     self._over("", f"its process ended with status {self._process.returncode}")
-        elif time.monotonic() >= self._not_before and (job := self._next()) is not None:
+        elif (job := self._next()) is not None and time.monotonic() >= self._not_before:
             self._begin(job)
         jobs = {"job": None if self._job is None else self._job.id}
         self._status(jobs | {"run_pid": None if self._process is None else self._process.pid})
@@ -118,6 +120,7 @@ class Manager:
             if job.wanted:  # it was ordered while nobody was there to obey
                 state = "paused" if job.wanted == "pause" else "stopped"
                 self._jobs.change(job.id, state=state, wanted="")
+                self._not_before = 0.0  # nobody waits to be tried again any more
         left = [job for job in under_way if not job.wanted]
         left += [job for job in jobs if job.state == "queued"]
         return left[0] if left else None
@@ -190,7 +193,8 @@ class Manager:
                 self._report(f"{event['site']}: {event['text']}")
             elif kind == "ended":
                 hopeless = event.get("exit_code") in (2, 3)  # wrong, or refused: it stays so
-                self._over(event["status"], event.get("error", ""), hopeless=hopeless)
+                later = bool(event.get("later"))
+                self._over(event["status"], event.get("error", ""), hopeless=hopeless, later=later)
 
     def _obey(self, job: Job) -> None:
         if self._stopping and time.monotonic() >= self._kill_at:
@@ -209,7 +213,9 @@ class Manager:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
-    def _over(self, status: str, error: str, *, hopeless: bool = False) -> None:
+    def _over(
+        self, status: str, error: str, *, hopeless: bool = False, later: bool = False
+    ) -> None:
         """Enters how the process ended; the run may go on."""
         assert self._job is not None
         job = self._jobs.get(self._job.id)
@@ -218,11 +224,12 @@ class Manager:
         if status in ("paused", "interrupted"):
             status = "paused"
         final = status in ("paused", "stopped", "finished", "budget_exhausted")
-        if not final and not hopeless and job.attempts < ATTEMPTS:
+        if not final and not hopeless and (later or job.attempts < ATTEMPTS):
             failed = max(job.attempts, 1)  # a new round has set it to 0
-            pause = RETRY_SECONDS[min(failed, len(RETRY_SECONDS)) - 1]
+            pause = LATER_SECONDS if later else RETRY_SECONDS[min(failed, len(RETRY_SECONDS)) - 1]
             self._not_before = time.monotonic() + pause
-            self._jobs.change(job.id, error=f"{error}; trying again")
+            attempts = 0 if later else job.attempts
+            self._jobs.change(job.id, error=f"{error}; trying again", attempts=attempts)
             self._report(f"{job.id}: {error}; trying again in {pause:g} s")
         else:
             state = status if final else "failed"

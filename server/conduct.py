@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from umbel.core.errors import RefusedError, UmbelError
+from umbel.core.errors import NotNowError, RefusedError, UmbelError
 from umbel.core.payloads import Federation, States
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model
@@ -125,6 +125,8 @@ def conduct(
             raise
         status, error = "budget_exhausted", str(refusal)
     except UmbelError as problem:
+        if isinstance(problem, NotNowError):
+            status = "interrupted"
         error = str(problem)
         raise
     except BaseException as problem:

@@ -26,7 +26,7 @@ class RunEntry:
     Args:
         run_id: of the run, unique in the store.
         name: ``[run] name``.
-        status: ``running`` only while a live process runs it; what is interrupted by an order, a
+        status: ``running`` only while a live process runs it; why another was interrupted, a
             server's queue knows, and the store does not.
         engine: where its clients lived.
         started: when, ISO 8601, UTC.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from umbel.core import run_file
-from umbel.core.errors import RunError
+from umbel.core.errors import NotNowError, RunError
+from umbel.core.messages import NOT_NOW
 from umbel.core.payloads import Failure, Federation, Folded, States, TrainPlan, Updates
 from umbel.core.run_file import RunFile
 from umbel.core.trees import Model, Tree, add_cast, flatten, unflatten
@@ -68,6 +69,7 @@ def rounds(
     Raises:
         InputError: the cohort is larger than the federation.
         RefusedError: the next round would pass the privacy budget.
+        NotNowError: nobody takes part in a round, and of some their hours say so.
         RunError: three rounds in a row, or all, without one valid update.
     """
     clients = federation.clients()
@@ -105,6 +107,8 @@ def rounds(
         )
         gate = Gate(number, asked, plan.expected(), cap)
         cohort = collect(federation.train(plan), gate, terms.combine, plan, run.strategy.weights)
+        if not cohort.participants and any(f.reason == NOT_NOW for f in cohort.failures):
+            raise not_now(f"round {number}")  # the round is not spent: it can be had later
         note = "" if guard is None else guard.note(number)
         needed = quorum if guard is None else guard.quorum(quorum, number)
         if len(cohort.participants) < needed:
@@ -348,6 +352,15 @@ def is_finite(model: Model) -> bool:
     """Whether every floating-point value of the model is finite."""
     tensors = model.tensors().values()
     return all(bool(t.isfinite().all()) for t in tensors if t.dtype.is_floating_point)
+
+
+def not_now(where: str) -> NotNowError:
+    """The error of a run whose clients take part at other hours."""
+    return NotNowError(
+        "nobody takes part at this hour (hours in the clients' policies)",
+        where=where,
+        fix="wait, or ask the sites for other hours",
+    )
 
 
 def nobody(number: int, empty: int, failures: Sequence[Failure]) -> RunError:

@@ -124,11 +124,13 @@ class Source:
         return None if self.folder is None else server_state(self.folder)
 
     def runs(self) -> Sequence[RunEntry]:
-        """The runs, the newest first; one that was interrupted by an order is what was ordered."""
+        """The runs, the newest first; one that was interrupted is what the queue says of it."""
         ordered: dict[str, Ordered] = {}
         for job in self.queue():
             if job.state in ("queued", "paused", "stopped"):
                 ordered.setdefault(job.run_id, job.state)
+            elif job.state == "running" and job.error:  # it waits to be tried again
+                ordered.setdefault(job.run_id, "queued")
         return [
             replace(entry, status=ordered[entry.run_id])
             if entry.status == "interrupted" and entry.run_id in ordered

@@ -17,12 +17,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from umbel.core import messages
-from umbel.core.errors import InputError, RunError
+from umbel.core.errors import InputError, NotNowError, RunError
 from umbel.core.messages import (
     EVALUATE,
     HELLO,
     MANIFEST,
     MODEL,
+    NOT_NOW,
     QUESTIONS,
     STAGES,
     TRAIN,
@@ -114,6 +115,7 @@ class GridFederation:
         end: called by :meth:`close`.
 
     Raises:
+        NotNowError: all that is missing is the hours at which nodes take part.
         RunError: too few nodes, a node that cannot take part, or nodes that contradict each other.
     """
 
@@ -430,7 +432,8 @@ class GridFederation:
     def _too_few(self, sites: int, wait: float, refusals: dict[int, str]) -> RunError:
         here = ", ".join(f"'{n}'" for n in sorted(self._nodes)) or "none"
         reasons = "".join(f"; node {node} {why}" for node, why in sorted(refusals.items()))
-        return RunError(
+        kind = NotNowError if {*refusals.values()} == {NOT_NOW} else RunError
+        return kind(
             f"{len(self._nodes)} of {sites} clients are ready after at most {wait:g} s: "
             f"{here}{reasons}",
             where="greeting",

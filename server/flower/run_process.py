@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from umbel.core import run_file, signing
-from umbel.core.errors import RefusedError, UmbelError
+from umbel.core.errors import NotNowError, RefusedError, UmbelError
 from umbel.core.run_file import RunFile
 from umbel.server.records import RoundRecord
 
@@ -168,7 +168,8 @@ def main() -> int:
     try:
         say("ended", status=carry_out(settings, orders))
     except UmbelError as error:
-        say("ended", status="failed", error=str(error), exit_code=error.exit_code)
+        later = isinstance(error, NotNowError)
+        say("ended", status="failed", error=str(error), exit_code=error.exit_code, later=later)
         return error.exit_code
     return 0
 

@@ -363,6 +363,8 @@ def test_what_was_ordered_is_not_called_an_accident(made: Any, tmp_path: Path, s
     made.store.finish(made.live, "interrupted")
     jobs, source = Jobs(made.folder.jobs_database), Source(str(made.folder.store), made.folder)
     assert source.run(made.live).status == "interrupted"  # and the queue says that it runs
+    jobs.change(made.job.id, error="not at this hour; trying again")
+    assert source.run(made.live).status == "queued"
     jobs.change(made.job.id, state=state)
     statuses = {entry.run_id: entry.status for entry in source.runs()}
     assert statuses == {made.live: state, made.other: "failed", made.finished: "finished"}

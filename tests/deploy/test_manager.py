@@ -47,6 +47,9 @@ for word in plan.split():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     elif word == "hang":
         time.sleep(600)
+    elif word == "later":
+        say("ended", status="failed", error="not now", exit_code=1, later=True)
+        sys.exit(1)
     elif word.startswith("fail"):
         say("ended", status="failed", error="because", exit_code=int(word[4:]))
         sys.exit(1)
@@ -175,6 +178,32 @@ def test_a_run_is_paused_goes_on_and_is_stopped(folder: ServerFolder) -> None:
     assert jobs.get(job.id).run_id == "run-1"
     with pytest.raises(InputError, match="is stopped"):
         jobs.want(jobs.get(job.id), "pause")
+
+
+def test_a_run_waits_for_the_hours_of_its_sites_as_long_as_it_takes(
+    folder: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LATER_SECONDS", 0.0)
+    job = Jobs(folder.jobs_database).submit(run_file(), "", 0)
+    nights = 2 * module.ATTEMPTS
+    with managed(folder, "start 1 later;" + "later;" * nights + "2 finished"):
+        assert over(folder, job).state == "finished"
+    assert starts(folder, job) == nights + 2
+
+
+def test_a_run_that_waits_is_paused_at_once_and_tried_at_once_when_it_goes_on(
+    folder: ServerFolder,
+) -> None:
+    jobs = Jobs(folder.jobs_database)
+    job = jobs.submit(run_file(), "", 0)
+    with managed(folder, "later; start 1 finished"):
+        until(lambda: jobs.get(job.id).error == "not now; trying again")
+        assert jobs.get(job.id).state == "running"
+        jobs.want(jobs.get(job.id), "pause")
+        until(lambda: jobs.get(job.id).state == "paused")
+        jobs.want(jobs.get(job.id), "resume")
+        assert over(folder, job).state == "finished"
+    assert starts(folder, job) == 2
 
 
 def test_a_run_under_way_comes_first_after_a_restart(folder: ServerFolder) -> None:

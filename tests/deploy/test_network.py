@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,23 @@ def test_whoever_is_killed_comes_back_and_no_round_is_lost(network: Network) -> 
         same(model, simulated(network, 12))
     network.umbel("site", "audit-log", "verify", "--folder", "aarhus")
     network.umbel("server", "audit-log", "verify", "--folder", SERVER)
+
+
+def test_a_run_waits_for_the_hours_of_its_sites(network: Network) -> None:
+    policy = network.sites["aarhus"].policy_file
+    always, now = policy.read_text(), datetime.now()
+    begin, end = (f"{now + timedelta(hours=h):%H:%M}" for h in (11, 13))
+    policy.write_text(always.replace("[limits]", f'[limits]\nhours = "{begin}-{end}"'))
+    job = network.submit(run_file(3))
+    network.wait_for(lambda: "(hours)" in network.job(job).error, "the refusal")
+    assert network.job(job).state == "running"
+    policy.write_text(always)
+    network.umbel("pause", job.id, "--folder", SERVER)
+    network.wait_for(lambda: network.job(job).state == "paused", "the pause")
+    network.umbel("resume", job.id, "--folder", SERVER)
+    done = network.finish(job)
+    assert (done.state, done.round, done.error) == ("finished", 3, "")
+    same(stored(network, done)[0], simulated(network, 3))
 
 
 def test_a_revoked_site_fails_on_its_next_request(network: Network) -> None:

@@ -15,8 +15,8 @@ from helpers.local_grid import LocalGrid
 
 from umbel.client.flower.app import app as client_app
 from umbel.core import messages
-from umbel.core.errors import RunError
-from umbel.core.messages import MANIFEST, MODEL, TRAIN
+from umbel.core.errors import NotNowError, RunError
+from umbel.core.messages import MANIFEST, MODEL, NOT_NOW, TRAIN, Problem
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates, pack
 from umbel.core.run_file import RunFile, resolve
 from umbel.core.trees import Model
@@ -386,6 +386,21 @@ def test_too_few_nodes_are_an_error_that_names_who_is_there() -> None:
     grid = LocalGrid(client_app, partitions())
     with pytest.raises(RunError, match=r"3 of 4 clients are ready after at most 0\.5 s: 'c0'"):
         GridFederation(grid, run_file(), sites=4, wait=0.5)
+
+
+@pytest.mark.parametrize(("why", "kind"), [(NOT_NOW, NotNowError), ("tasks", RunError)])
+def test_what_is_only_a_matter_of_hours_is_told_from_what_is_not(why: str, kind: type) -> None:
+    def tamper(request: Message, answer: Callable[[], Message]) -> Message:
+        reply, node = answer(), request.metadata.dst_node_id
+        if node > 1000:
+            rule = "hours" if node == 1001 or why == NOT_NOW else why
+            refusal = messages.write_reply(Problem(error="policy", exception=rule))
+            reply.content[MANIFEST] = ConfigRecord({MANIFEST: refusal})
+        return reply
+
+    with pytest.raises(RunError, match=r"1 of 3 clients .*\(hours\)") as found:
+        GridFederation(LocalGrid(client_app, partitions(), tamper), run_file(), sites=CLIENTS)
+    assert type(found.value) is kind
 
 
 def test_clients_that_describe_their_data_differently_are_an_error(tmp_path: Path) -> None:

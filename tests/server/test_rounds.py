@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from umbel.core.errors import InputError, RunError
+from umbel.core.errors import InputError, NotNowError, RunError
+from umbel.core.messages import NOT_NOW
 from umbel.core.payloads import EvaluatePlan, Evaluation, Failure, TrainPlan, Updates
 from umbel.core.run_file import RunFile, resolve
 from umbel.core.trees import Model
@@ -192,6 +193,23 @@ def test_three_rounds_without_anybody_end_the_run_with_the_reason() -> None:
     ):
         seen.extend(result.record for result in loop)
     assert [r.round for r in seen] == [1, 2, 3]
+
+
+def test_a_round_at_an_hour_at_which_nobody_takes_part_is_not_spent() -> None:
+    seen: list[RoundRecord] = []
+    run = run_file(rounds=3)
+    answers = {1: 1.0, 2: NOT_NOW}
+    late = Scripted(lambda r, c: answers[r] if c == "c0" else "crashed", [1, 1])
+    loop = rounds(
+        run,
+        build_strategy(run.strategy),
+        late,
+        Start(0, start(), {}),
+        lambda r, m: Scores({}, {}),
+    )
+    with pytest.raises(NotNowError, match="round 2: nobody takes part at this hour"):
+        seen.extend(result.record for result in loop)
+    assert [r.round for r in seen] == [1]
 
 
 def test_a_step_that_overflows_is_not_taken() -> None:
