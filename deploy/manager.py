@@ -176,7 +176,11 @@ class Manager:
                 continue
             kind = event.get("event")
             if kind == "started":
-                self._job = self._jobs.change(self._job.id, run_id=event["run_id"])
+                # Who died last may have committed a round that it could not speak of any more.
+                further = {"attempts": 0} if event["round"] > self._job.round else {}
+                self._job = self._jobs.change(
+                    self._job.id, run_id=event["run_id"], round=event["round"], **further
+                )
                 self._report(f"run {event['run_id']} ({self._job.id})")
             elif kind == "round":
                 self._job = self._jobs.change(self._job.id, round=event["round"], attempts=0)

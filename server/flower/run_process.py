@@ -124,7 +124,7 @@ def carry_out(settings: Settings, orders: Orders) -> str:
 
         def on_start(run_id: str) -> None:
             started.append(run_id)
-            say("started", run_id=run_id)
+            say("started", run_id=run_id, round=store.get(run_id).rounds_done)
 
         try:
             serve(

@@ -34,8 +34,8 @@ def round_(n):
 plan = sys.argv[2].split(";")[min(count, sys.argv[2].count(";"))]
 print("a line that a library printed")
 for word in plan.split():
-    if word == "start":
-        say("started", run_id=settings["resume"] or "run-1")
+    if word.startswith("start"):
+        say("started", run_id=settings["resume"] or "run-1", round=int(word[5:] or 0))
     elif word.isdigit():
         round_(int(word))
     elif word == "die":
@@ -125,6 +125,14 @@ def test_a_run_that_got_further_is_tried_again_at_once(
     with managed(folder, "start 1 die;start 2 finished"):
         assert over(folder, job).state == "finished"
     assert starts(folder, job) == 2
+
+
+def test_a_round_of_which_a_dying_process_could_not_speak_counts(folder: ServerFolder) -> None:
+    job = Jobs(folder.jobs_database).submit(run_file(), "text", 0)
+    deaths = "".join(f"start{n} die;" for n in range(1, 8))
+    with managed(folder, "start die;" + deaths + "start8 finished"):
+        done = over(folder, job)
+    assert (done.state, done.round) == ("finished", 8)
 
 
 def test_runs_are_carried_out_in_their_order(folder: ServerFolder) -> None:

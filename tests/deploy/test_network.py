@@ -24,7 +24,7 @@ from umbel.core import audit_log
 from umbel.core.run_file import RunFile, resolve
 from umbel.deploy.endurance.parts import NAMES, two_sites
 from umbel.deploy.hosting import environment
-from umbel.deploy.jobs import Job
+from umbel.deploy.jobs import Job, Jobs
 from umbel.deploy.network import SERVER, Network
 from umbel.server.continual import kept_report
 from umbel.server.store import RunStore
@@ -245,6 +245,18 @@ def test_whoever_is_killed_comes_back_and_no_round_is_lost(network: Network) -> 
         same(model, simulated(network, 12))
     network.umbel("site", "audit-log", "verify", "--folder", "aarhus")
     network.umbel("server", "audit-log", "verify", "--folder", SERVER)
+
+
+def test_a_server_that_died_before_it_heard_of_the_last_round_learns_of_it(
+    network: Network,
+) -> None:
+    job = network.finish(network.submit(run_file(3)))
+    network.kill(SERVER)
+    Jobs(network.server.jobs_database).change(job.id, state="running", round=2)
+    network.start(SERVER)
+    done = network.finish(job)
+    assert (done.state, done.round) == ("finished", 3)
+    assert [r.round for r in stored(network, done)[1]] == [1, 2, 3]
 
 
 def test_a_run_waits_for_the_hours_of_its_sites(network: Network) -> None:
