@@ -149,18 +149,25 @@ def test_rounds_are_what_lies_between_their_ends(tmp_path: Path) -> None:
     assert taken.facts == {"versions": {"x": "1"}}
 
 
-def test_memory_and_cpu_of_the_whole_tree_are_counted(tmp_path: Path) -> None:
+def test_memory_and_cpu_of_the_whole_tree_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "REST", 0)
     # The grandchild is in a session of its own, and its parent has gone.
     command = program(
         tmp_path,
         """
         inner = (
             "import time; held = bytearray(b'x') * 150_000_000\\n"
+            "open('held', 'w').close()\\n"
             "end = time.monotonic() + 2\\n"
             "while time.monotonic() < end: pass"
         )
+        os.chdir(os.path.dirname(__file__))
         outer = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {inner!r}])"
         subprocess.run([sys.executable, "-c", outer], start_new_session=True)
+        while not os.path.exists("held"):
+            time.sleep(0.01)
         for number in range(3):
             tell(round=number)
             time.sleep(0.7)
@@ -173,7 +180,10 @@ def test_memory_and_cpu_of_the_whole_tree_are_counted(tmp_path: Path) -> None:
     assert taken.cpu_seconds > 0.05
 
 
-def test_memory_that_processes_share_is_counted_once(tmp_path: Path) -> None:
+def test_memory_that_processes_share_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "REST", 0)
     command = program(
         tmp_path,
         """

@@ -243,8 +243,8 @@ def q(message, context):
 """
     server = """
 nodes = list(grid.get_node_ids())
-expired = ask(grid, ttl=0.5)
-late = ask(grid, nodes=nodes[:2], timeout=0.5)
+expired = ask(grid, ttl=2.0)
+late = ask(grid, nodes=nodes[:2], timeout=2.0)
 ids = list(grid.push_messages([Message(RecordDict(), nodes[2], "query")]))
 pulled = []
 while not pulled:

@@ -22,7 +22,9 @@ from typing import IO, Any, NamedTuple
 from umbel.simulations.benchmarks.peers.peer import MARK
 
 INTERVAL = 0.2
-"""Seconds between two looks at the memory, unless looking takes more than 2 % of that."""
+"""Seconds between two looks at the memory, at least."""
+REST = 50
+"""Times as long as a look took must pass until the next: looking costs 2 % at most."""
 
 
 class Measured(NamedTuple):
@@ -141,7 +143,7 @@ def measure(
                 if not over and time.monotonic() - looked > pause:
                     looked = time.monotonic()
                     peak = max(peak, tree.memory())
-                    pause = max(INTERVAL, 50 * (time.monotonic() - looked))
+                    pause = max(INTERVAL, REST * (time.monotonic() - looked))
         finally:
             seconds = time.monotonic() - start
             others = _busy_seconds() - busy - tree.cpu_seconds() - (time.process_time() - mine)
