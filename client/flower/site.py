@@ -120,6 +120,7 @@ class Site:
         }
         self._worker: Works = (worker or self._child)(about)
         self._answered = self._refused = 0
+        self._trouble: type[Exception] | None = None
 
     def run(self) -> Served:
         """Works until it is interrupted (Ctrl-C, SIGTERM)."""
@@ -155,7 +156,6 @@ class Site:
     def _look(self, fleet: Fleet) -> None:
         """Looks for work and does it, for ever."""
         heard, pause = 0.0, QUICK
-        trouble: type[Exception] | None = None
         have: Sequence[str] | None = self._kept()
         while True:
             try:
@@ -168,13 +168,9 @@ class Site:
             try:
                 delivery = fleet.take(WAIT, have, largest)
                 have = None
-                if trouble:
-                    self._report("the server is back")
-                    trouble = None
+                self._in_touch()
             except (LostError, DeniedError, GoneError, TooLargeError) as error:
-                if type(error) is not trouble:  # a server that is back may know us no more
-                    self._report(f"no contact: {error}; trying again")
-                    trouble = type(error)
+                self._out_of_touch(error)
                 have = self._kept()  # what was under way to us may be lost: it is sent again
                 pause = min(max(2 * pause, 0.2), SLOWEST_RETRY)
                 time.sleep(pause * random.uniform(0.8, 1.2))
@@ -275,13 +271,27 @@ class Site:
         pause = 0.1
         while True:
             try:
-                return call()
+                found = call()
+                self._in_touch()
+                return found
             except (LostError, DeniedError) as error:
+                self._out_of_touch(error)
                 if time.time() > ends:
                     raise GoneError("its time is over") from None
                 log.info("trying again: %s", error)
                 time.sleep(pause * random.uniform(0.8, 1.2))
                 pause = min(2 * pause, SLOWEST_RETRY)
+
+    def _out_of_touch(self, error: Exception) -> None:
+        """Tells the operator, once: a server that is back may know us no more, which is another."""
+        if type(error) is not self._trouble:
+            self._report(f"no contact: {error}; trying again")
+            self._trouble = type(error)
+
+    def _in_touch(self) -> None:
+        if self._trouble:
+            self._report("the server is back")
+            self._trouble = None
 
     def _keep(self, message: Message, attempt: int) -> None:
         path = self._inbox / f"{message.metadata.message_id}.{attempt}"

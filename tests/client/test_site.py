@@ -254,14 +254,17 @@ def test_a_message_that_ends_the_site_each_time_is_given_up(place: Callable[[], 
         assert bool(list(site._leftovers())) is begun
 
 
-def test_an_answer_waits_for_a_server_that_is_away(
+def test_an_answer_waits_for_a_server_that_is_away_and_the_operator_is_told(
     place: Callable[[], Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site_module, "SLOWEST_RETRY", 0.01)
     site = place()
+    reported: list[str] = []
+    site._report = reported.append
     site.server.away = 5
     assert said(receive(site, ask(site)))["client"] == "north"
     assert len(site.server.replies) == 1
+    assert reported == ["no contact: away; trying again", "the server is back"]
 
 
 def test_a_policy_that_is_half_edited_stops_work_and_not_the_site(
