@@ -7,7 +7,8 @@ every honest update and the rule. The rule clips adaptively, mixes nearest neigh
 figure is the accuracy on the test set, in the worst of the attacks.
 
 ByzFL's default benchmark trains 800 rounds of one step (batch 25, rate 0.1, momentum 0.9 at the
-workers); here a round is ten local steps of the same batch with momentum, and the CNN is smaller.
+workers); here 80 rounds of ten local steps each, of the same batch and rate, with momentum within a
+round and, of the deltas, over rounds. The CNN is smaller.
 
 Source: González et al. 2025, ByzFL, section 4 (arXiv:2505.24802), and its benchmark's defaults.
 """
@@ -78,7 +79,7 @@ def accuracy(
             "model": {"name": "cnn", "channels": [8, 16], "hidden": 64},
         },
         "client": {
-            "lr": 0.05,
+            "lr": 0.1,
             "momentum": 0.9,
             "batch_size": 25,
             "local_steps": 10,
@@ -90,6 +91,7 @@ def accuracy(
             "f": f,
             "mixing": "nnm",
             "clip_norm": "adaptive",
+            "client_momentum": 0.9,
         },
         "attack": {**ATTACKS[attack], "count": f, "join": True},
         "evaluate": {"every": 0, "per_client": False},
