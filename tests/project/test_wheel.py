@@ -36,7 +36,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an sdist, and the wheel that was built from that sdist."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=out, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -53,7 +53,7 @@ def elsewhere(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*pip, "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     # A .pth line adds a folder and does not read the .pth files in it: the editable install of the
@@ -72,7 +72,7 @@ def outside(command: Sequence[str | Path], cwd: Path) -> subprocess.CompletedPro
         env=kept | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -367,7 +367,7 @@ def test_postgresql_is_migrated_once_by_whoever_comes_first(
         for _ in range(2)
     ]
     for process in both:
-        out, error = process.communicate(timeout=300)
+        out, error = process.communicate(timeout=900)
         assert out.strip() == "[]", error
 
 

@@ -472,7 +472,7 @@ def test_nothing_is_left_behind(number: signal.Signals, tmp_path: Path) -> None:
         time.sleep(0.05)
     assert len(pids) == 3, "two workers and what they were split off from"
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == (-9 if number == signal.SIGKILL else 1)
     if number != signal.SIGKILL:
         assert errors.count("Traceback") == 0, errors

@@ -128,7 +128,7 @@ def test_an_interrupt_ends_the_run_and_all_its_processes(tmp_path: Path) -> None
             started = descendants(process.pid)
             assert started
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
-            rest, _ = process.communicate(timeout=60)
+            rest, _ = process.communicate(timeout=300)
         finally:
             process.kill()
     status, _, rounds = rest.strip().splitlines()[-1].partition(" ")
