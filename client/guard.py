@@ -180,7 +180,7 @@ class Guard:
         check_round(
             policy,
             opened.asked,
-            0 if opened.kind in GREETINGS else self._rounds[_what(facts)],
+            self._rounds[_what(facts)],
             self._local_time(),
             trains=opened.kind in COUNTED,
         )
@@ -194,7 +194,8 @@ class Guard:
             self._nonces = {
                 n: ends for n, ends in self._nonces.items() if ends + seal.CLOCK_SKEW > now
             }
-        self._rounds[_what(facts)] += 1
+        if facts["kind"] not in GREETINGS:
+            self._rounds[_what(facts)] += 1
 
 
 def _what(facts: dict[str, Any]) -> tuple[str, str, str, str]:

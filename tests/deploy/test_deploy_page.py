@@ -54,8 +54,12 @@ def test_ten_commands_join_a_site(
             told["server"] = answer["fingerprint"]
         if words[:2] == ["site", "request"]:
             told["site"] = answer["fingerprint"]
+        if words[:2] == ["server", "approve"]:
+            assert answer["authority"] == told["server"]
     assert [job["state"] for job in answer["jobs"]] == ["queued"]
     assert answer["sites"].keys() == {"hospital-a"}
+    assert run(["server", "kit", "hospital-a", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["authority"] == told["server"]
 
 
 def test_the_pages_policy_is_one() -> None:

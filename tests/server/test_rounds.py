@@ -87,11 +87,14 @@ def run_file(rounds: int = 1, **strategy: Any) -> RunFile:
     )
 
 
-def go(federation: Scripted, run: RunFile, scores: Any = None) -> list[RoundResult]:
+def loop(federation: Scripted, run: RunFile, scores: Any = None) -> Iterator[RoundResult]:
     strategy = build_strategy(run.strategy)
     evaluate = scores or (lambda r, m: Scores({}, {}))
-    model = start()
-    return list(rounds(run, strategy, federation, Start(0, model, {}), evaluate))
+    return rounds(run, strategy, federation, Start(0, start(), {}), evaluate)
+
+
+def go(federation: Scripted, run: RunFile, scores: Any = None) -> list[RoundResult]:
+    return list(loop(federation, run, scores))
 
 
 def test_the_mean_is_weighted_by_examples_or_uniform() -> None:
@@ -180,35 +183,19 @@ def test_the_federation_s_stream_is_closed_every_round() -> None:
 def test_three_rounds_without_anybody_end_the_run_with_the_reason() -> None:
     federation = Scripted(lambda r, c: "disk full", [1, 1])
     seen: list[RoundRecord] = []
-    run = run_file(rounds=10)
-    loop = rounds(
-        run,
-        build_strategy(run.strategy),
-        federation,
-        Start(0, start(), {}),
-        lambda r, m: Scores({}, {}),
-    )
     with pytest.raises(
         RunError, match=r"no valid update in 3 round.s. in a row; client 'c0': disk"
     ):
-        seen.extend(result.record for result in loop)
+        seen.extend(result.record for result in loop(federation, run_file(rounds=10)))
     assert [r.round for r in seen] == [1, 2, 3]
 
 
 def test_a_round_at_an_hour_at_which_nobody_takes_part_is_not_spent() -> None:
     seen: list[RoundRecord] = []
-    run = run_file(rounds=3)
     answers = {1: 1.0, 2: NOT_NOW}
     late = Scripted(lambda r, c: answers[r] if c == "c0" else "crashed", [1, 1])
-    loop = rounds(
-        run,
-        build_strategy(run.strategy),
-        late,
-        Start(0, start(), {}),
-        lambda r, m: Scores({}, {}),
-    )
     with pytest.raises(NotNowError, match="round 2: nobody takes part at this hour"):
-        seen.extend(result.record for result in loop)
+        seen.extend(result.record for result in loop(late, run_file(rounds=3)))
     assert [r.round for r in seen] == [1]
 
 
